@@ -1,0 +1,210 @@
+"""Typed schema of a run, and every check that needs two sections at once.
+
+Sections are named after the Hydra groups in ``conf/``. A section whose parts are swapped (``router``, ``dispatch``) is a
+mapping with a ``_target_``: its keys are checked against the keyword-only parameters of that class, so that a new router is
+one file and one config.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Part = dict[str, Any]
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RunConfig:
+    """Where a run lives. ``dir`` is one folder for all ranks; ``resume`` continues from its newest checkpoint."""
+
+    id: str | None = None
+    root: str = "outputs"
+    seed: int = Field(default=0, ge=0)
+    resume: Literal["auto", "never", "must"] = "auto"
+    on_config_change: Literal["refuse", "allow"] = "refuse"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ModelConfig:
+    """The decoder. ``expert_dim`` is the width of one expert, ``ffn_dim`` that of a dense layer's FFN.
+
+    Layer i is an MoE layer iff i >= first_dense and (i - first_dense) % moe_every == 0.
+    """
+
+    dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0)
+    expert_dim: int = Field(gt=0)
+    context: int = Field(gt=0)
+    vocab_size: int | None = Field(default=None, gt=0)
+    first_dense: int = Field(default=0, ge=0)
+    moe_every: int = Field(default=1, ge=1)
+    tied_embeddings: bool = True
+    qk_norm: Literal["none", "head", "full"] = "none"
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ExpertsConfig:
+    """Routed experts of each MoE layer, and shared ones that every token passes (one FFN of num_shared * expert_dim)."""
+
+    num_experts: int = Field(ge=1)
+    num_shared: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class CapacityConfig:
+    """Slots per expert: ``max(even(floor(k * factor * T / E)), minimum)``; a null factor is dropless.
+
+    scope ``rank``: T is this rank's micro-batch; ``global``: that of all ranks, one small count exchange more.
+    """
+
+    factor_train: float | None = Field(default=1.25, gt=0)
+    factor_eval: float | None = Field(default=2.0, gt=0)
+    minimum: int = Field(default=4, ge=1)
+    scope: Literal["rank", "global"] = "rank"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class BalanceConfig:
+    """Router losses. Both are means over layers; the balance loss is 1.0 when the load is even."""
+
+    balance_coef: float = Field(default=0.01, ge=0)
+    z_coef: float = Field(default=0.001, ge=0)
+    scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class EngineConfig:
+    """``deepspeed`` is the distributed engine, ``local`` plain torch, its oracle. ``dtype`` auto: bf16 on an accelerator."""
+
+    name: Literal["deepspeed", "local"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    ep_size: int | None = Field(default=None, ge=1)
+    recompute: bool = False
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class OptimConfig:
+    """AdamW (or SGD, for exact comparisons) with a warm-up of ``warmup_steps`` and a schedule down to ``min_lr_ratio``."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DataConfig:
+    """Flat token bins. ``source``: kjv (ships with moetrain), text, jsonl, parquet, hub, or bins already prepared.
+
+    ``path``: the folder, file or data set name that the source reads; ``field``: the text column of jsonl, parquet, hub.
+    ``tokenizer``: ``kjv`` (a small BPE that ships), ``byte``, or the path of a ``tokenizer.json``.
+    """
+
+    source: Literal["kjv", "text", "jsonl", "parquet", "hub", "bins"] = "kjv"
+    path: str | None = None
+    field: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    tokenizer: str = "kjv"
+    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
+    mask_documents: bool = False
+    cache: str = "outputs/data"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrainConfig:
+    """Batch sizes are in sequences of ``model.context`` tokens: global_batch = micro_batch * ranks * accumulation."""
+
+    steps: int = Field(gt=0)
+    global_batch: int = Field(gt=0)
+    micro_batch: int = Field(gt=0)
+    eval_every: int = Field(default=0, ge=0)
+    eval_batches: int = Field(default=8, gt=0)
+    checkpoint_every: int = Field(default=0, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    sample_tokens: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class MonitorConfig:
+    """metrics.jsonl is always written; the rest is by choice. ``log_every`` is in steps."""
+
+    log_every: int = Field(default=10, gt=0)
+    progress: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "moetrain"
+    wandb_group: str | None = None
+    timing: bool = True
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class MachineConfig:
+    """The device type of every rank (auto: an accelerator where torch sees one) and process-level settings."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    timeout_s: int = Field(default=600, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0)
+    allow_modules: list[str] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DebugConfig:
+    """Ways to look for a fault. ``overfit``: the same batch at every step. ``fake_world``: dry-run at this world size."""
+
+    overfit: bool = False
+    fake_world: int | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RecipeConfig:
+    """What a recipe says about itself. Published sizes are in parameters; the counted ones must lie within 1 %."""
+
+    name: str = "none"
+    about: str = ""
+    source: str = ""
+    world: int = Field(default=1, ge=1)
+    published_total: float | None = Field(default=None, gt=0)
+    published_active: float | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Config:
+    """A whole run, resolved and checked."""
+
+    run: RunConfig
+    model: ModelConfig
+    experts: ExpertsConfig
+    router: Part
+    capacity: CapacityConfig
+    dispatch: Part
+    balance: BalanceConfig
+    engine: EngineConfig
+    optim: OptimConfig
+    data: DataConfig
+    train: TrainConfig
+    monitor: MonitorConfig
+    machine: MachineConfig
+    debug: DebugConfig
+    recipe: RecipeConfig
+
+
+

@@ -1,0 +1,147 @@
+"""What crosses a floor: frozen dataclasses, and the legend of shape suffixes used everywhere.
+
+Shape legend (a tensor's name ends in its dims, ``x_TD`` is [T, D])::
+
+    B  sequences on this rank in one micro-batch    S  tokens of a sequence      T = B*S tokens on this rank
+    D  model width         F  expert width          V  vocabulary                L  MoE layers
+    E  experts of a layer  e  experts held by this rank (E / G)                  G  EP ranks
+    K  experts per token   N = T*K assignments      R  rows received             C  capacity: slots per expert
+
+Counts are int64 and named ``num_*`` when they are Python ints. A mesh has axes, a tensor has dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this rank.
+
+    tokens_BS, targets_BS: int64, targets already shifted by one. ``document_BS``: int64, equal inside one document; None
+    where attention may cross document borders.
+    """
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    document_BS: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        document_BS = None if self.document_BS is None else self.document_BS.to(device)
+        return Batch(self.tokens_BS.to(device), self.targets_BS.to(device), document_BS)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router says about T tokens, before any capacity.
+
+    logits_TE: fp32, the logits that the choice was made from (noise included, when there is any).
+    probs_TE: fp32, rows sum to 1, over ALL experts: what the balance loss looks at.
+    expert_TK: int64, global expert ids, distinct within a row, best first.
+    weight_TK: fp32, combine weights, differentiable.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    expert_TK: Tensor
+    weight_TK: Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A routing after capacity: which assignments were kept, and the slot of each in its expert.
+
+    kept_TK: bool. slot_TK: int64, the position in the expert's queue (under ``rank`` scope of this rank, under ``global``
+    scope of the whole micro-step), also for what was dropped. capacity: slots per expert, None when nothing is dropped.
+    """
+
+    routing: Routing
+    kept_TK: Tensor
+    slot_TK: Tensor
+    capacity: int | None
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that arrived at this rank's experts; a dispatcher subclasses it with what it needs for the way back.
+
+    rows_RD: rows grouped by local expert, in ascending order of expert.
+    ends_e: int32, where each expert's rows end (cumulative).
+    rows_per_expert: R / e where it is the same for all experts by construction, else None.
+    """
+
+    rows_RD: Tensor
+    ends_e: Tensor
+    rows_per_expert: int | None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Router losses, as scalars with a graph, without coefficients. ``balance`` is 1.0 when the load is even."""
+
+    balance: Tensor
+    z: Tensor
+
+    @staticmethod
+    def mean(terms: list[LossTerms]) -> LossTerms:
+        """The mean over layers, which is what the coefficients multiply."""
+        return LossTerms(
+            balance=torch.stack([t.balance for t in terms]).mean(), z=torch.stack([t.z for t in terms]).mean()
+        )
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """What an MoE layer gives back: hidden_TD and its own router losses."""
+
+    hidden_TD: Tensor
+    losses: LossTerms
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward of the whole model gives back.
+
+    loss: scalar to differentiate, ``lm + balance_coef * balance + z_coef * z``. lm: scalar, mean cross-entropy in nats.
+    losses: means over MoE layers (zeros for a dense model).
+    """
+
+    loss: Tensor
+    lm: Tensor
+    losses: LossTerms
+
+
+@dataclass(frozen=True)
+class LoadCounts:
+    """Expert load of this rank since the last ``take()``: int64.
+
+    assigned_LE: assignments before dropping. kept_LE: after dropping.
+    """
+
+    assigned_LE: Tensor
+    kept_LE: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's: which field, what it was, why it can't be, and what to do."""
+
+    field: str
+    value: object
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.reason}. Fix: {self.fix}."
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration at once; printed once and answered with exit code 2."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(p) for p in problems))

@@ -1,0 +1,149 @@
+"""A decoder with a pattern of dense and MoE layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.config import Config, ModelConfig
+from moetrain.models.attention import Attention, RMSNorm, document_mask, rotary_tables
+from moetrain.moe.experts import FeedForward
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.replay import Replay
+from moetrain.ops.init import Draw
+from moetrain.ops.timeline import Timeline
+from moetrain.parallel.mesh import Mesh
+from moetrain.types import Batch, LoadCounts, LossTerms, ModelOutput
+
+
+def is_moe_layer(model: ModelConfig, index: int) -> bool:
+    """Whether layer ``index`` is an MoE layer under the pattern of ``first_dense`` and ``moe_every``."""
+    return index >= model.first_dense and (index - model.first_dense) % model.moe_every == 0
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """hidden_BSD, and the router losses of an MoE layer (None of a dense one)."""
+
+    hidden_BSD: Tensor
+    losses: LossTerms | None
+
+
+class Block(nn.Module):
+    """Pre-norm: attention, then a dense or an MoE feed-forward; both add to the residual."""
+
+    def __init__(self, config: Config, index: int, mesh: Mesh, timeline: Timeline) -> None:
+        super().__init__()
+        model = config.model
+        self.timeline = timeline
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
+        self.attention = Attention(model, mesh.device)
+        self.ffn_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
+        self.is_moe = is_moe_layer(model, index)
+        if self.is_moe:
+            self.moe = MoELayer(config, mesh, timeline)
+        else:
+            self.ffn = FeedForward(model.dim, model.ffn_dim, mesh.device)
+
+    def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
+        self.attention.init_weights(draw.of("attention"), std, std_out)
+        if self.is_moe:
+            self.moe.init_weights(draw.of("moe"), std, std_out)
+        else:
+            self.ffn.init_weights(draw.of("ffn"), std, std_out)
+
+    def forward(self, x_BSD: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None, replay: Replay) -> BlockOutput:
+        through = self.timeline.through
+        normed_BSD = through(self.attention_norm(x_BSD), "rest", "attention")
+        x_BSD = x_BSD + through(self.attention(normed_BSD, tables_2Sd, mask_B1SS), "attention", "rest")
+        normed_BSD = self.ffn_norm(x_BSD)
+        if not self.is_moe:
+            return BlockOutput(x_BSD + self.ffn(normed_BSD), None)
+        out = self.moe(normed_BSD.flatten(0, 1), x_BSD.shape[0], replay)
+        return BlockOutput(x_BSD + out.hidden_TD.view_as(x_BSD), out.losses)
+
+
+class Decoder(nn.Module):
+    """Tokens in, loss out. Parameters are fp32 on the mesh's device, a function of (seed, name, global expert id)."""
+
+    def __init__(self, config: Config, mesh: Mesh, vocab_size: int, timeline: Timeline | None = None) -> None:
+        super().__init__()
+        model = config.model
+        self.config, self.context = config, model.context
+        self.timeline = Timeline(mesh.device, enabled=False) if timeline is None else timeline
+        self.embedding = nn.Embedding(vocab_size, model.dim, device=mesh.device)
+        self.blocks = nn.ModuleList(Block(config, i, mesh, self.timeline) for i in range(model.num_layers))
+        self.norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
+        if not model.tied_embeddings:
+            self.head = nn.Parameter(torch.empty(vocab_size, model.dim, device=mesh.device))
+        tables = rotary_tables(model.head_dim, model.context, model.rope_theta, mesh.device)
+        self.register_buffer("rotary", tables, persistent=False)
+        self._init_weights(Draw(config.run.seed))
+
+    def _init_weights(self, draw: Draw) -> None:
+        std = self.config.model.init_std
+        std_out = std / math.sqrt(2 * self.config.model.num_layers)
+        draw.normal_(self.embedding.weight, "embedding.weight", std)
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            block.init_weights(draw.of(f"blocks.{index}"), std, std_out)
+        if not self.config.model.tied_embeddings:
+            draw.normal_(self.head, "head", std)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """One micro-batch -> its loss: mean cross-entropy in nats, and the router losses with their coefficients."""
+        mask_B1SS = None if batch.document_BS is None else document_mask(batch.document_BS)
+        hidden_BSD, terms = self._hidden(batch.tokens_BS, mask_B1SS)
+        hidden_BSD = self.timeline.through(hidden_BSD, "rest", "vocabulary")
+        logits_TV = self._project(hidden_BSD.flatten(0, 1)).float()
+        lm = torch.nn.functional.cross_entropy(logits_TV, batch.targets_BS.flatten())
+        lm = self.timeline.through(lm, "vocabulary", "rest")
+        zero = lm.new_zeros(())
+        losses = LossTerms.mean(terms) if terms else LossTerms(zero, zero)
+        balance = self.config.balance
+        loss = lm + balance.balance_coef * losses.balance + balance.z_coef * losses.z
+        return ModelOutput(loss, lm, losses)
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S] -> fp32 [B, S, V]."""
+        hidden_BSD, _ = self._hidden(tokens_BS, None)
+        return self._project(hidden_BSD).float()
+
+    def _hidden(self, tokens_BS: Tensor, mask_B1SS: Tensor | None) -> tuple[Tensor, list[LossTerms]]:
+        x_BSD = self.embedding(tokens_BS)
+        tables_2Sd = self.rotary[:, : tokens_BS.shape[1]]
+        recompute = self.config.engine.recompute and torch.is_grad_enabled()
+        terms = []
+        for block in self.blocks:
+            args = (x_BSD, tables_2Sd, mask_B1SS, Replay())
+            out = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            x_BSD = out.hidden_BSD
+            if out.losses is not None:
+                terms.append(out.losses)
+        return self.norm(x_BSD), terms
+
+    def _project(self, x_XD: Tensor) -> Tensor:
+        weight_VD = self.embedding.weight if self.config.model.tied_embeddings else self.head
+        return torch.nn.functional.linear(x_XD, weight_VD)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, in order of depth."""
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
+
+    def expert_names(self) -> frozenset[str]:
+        """Names of the parameters that are sharded over EP: stacked, dim 0 is the local expert."""
+        return frozenset(name for name, _ in self.named_parameters() if ".moe.experts." in name)
+
+    def commit_load(self) -> None:
+        """Count the expert load of the micro-batch just done; once after each training micro-batch."""
+        for layer in self.moe_layers():
+            layer.load.commit()
+
+    def take_load(self) -> LoadCounts:
+        """This rank's expert load since the last take; call it after every optimiser step."""
+        counts_L2E = torch.stack([layer.load.take() for layer in self.moe_layers()])
+        return LoadCounts(assigned_LE=counts_L2E[:, 0], kept_LE=counts_L2E[:, 1])

@@ -1,0 +1,28 @@
+"""The contract of a dispatcher: tokens out to the experts' ranks, results home; it owns the whole round trip."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from moetrain.parallel.mesh import Mesh
+from moetrain.types import Dispatched, Placement
+
+
+class Dispatcher(nn.Module, ABC):
+    """Experts are contiguous: rank g of an EP group holds experts g*e ... (g+1)*e - 1."""
+
+    def __init__(self, *, num_experts: int, mesh: Mesh) -> None:
+        super().__init__()
+        assert num_experts % mesh.ep_size == 0, (num_experts, mesh.ep_size)
+        self.num_experts, self.mesh = num_experts, mesh
+        self.num_local = num_experts // mesh.ep_size
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, placement: Placement) -> Dispatched:
+        """Every kept assignment's token as a row at its expert, rows grouped by local expert."""
+
+    @abstractmethod
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """The experts' rows, in the order they came -> weighted sums [T, D] on the tokens' own rank."""

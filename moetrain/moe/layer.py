@@ -1,0 +1,61 @@
+"""The MoE layer: router -> capacity -> dispatch -> experts -> combine. It assembles; the parts do not know each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from moetrain.config import Config
+from moetrain.moe.balance import Balance
+from moetrain.moe.capacity import Capacity
+from moetrain.moe.experts import Experts, FeedForward
+from moetrain.moe.load import ExpertLoad
+from moetrain.moe.replay import Replay
+from moetrain.ops.init import Draw
+from moetrain.ops.timeline import Timeline
+from moetrain.parallel.mesh import Mesh
+from moetrain.parts import build
+from moetrain.types import MoEOutput
+
+
+class MoELayer(nn.Module):
+    """One feed-forward layer with ``num_experts`` experts, of which this rank holds ``num_experts / ep_size``."""
+
+    def __init__(self, config: Config, mesh: Mesh, timeline: Timeline) -> None:
+        super().__init__()
+        num_experts, allow = config.experts.num_experts, config.machine.allow_modules
+        dim, expert_dim = config.model.dim, config.model.expert_dim
+        num_local = num_experts // mesh.ep_size
+        self.timeline = timeline
+        self.router = build(config.router, allow, dim=dim, num_experts=num_experts, device=mesh.device)
+        self.capacity = Capacity(config.capacity, num_experts, mesh)
+        self.dispatcher = build(config.dispatch, allow, num_experts=num_experts, mesh=mesh)
+        self.experts = Experts(dim, expert_dim, num_local, mesh.ep_rank * num_local, mesh.device)
+        num_shared = config.experts.num_shared
+        self.shared = FeedForward(dim, num_shared * expert_dim, mesh.device) if num_shared else None
+        self.balance = Balance(config.balance, num_experts, mesh)
+        self.load = ExpertLoad(num_experts, mesh.device)
+
+    def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
+        self.router.init_weights(draw.of("router"), std)
+        self.experts.init_weights(draw.of("experts"), std, std_out)
+        if self.shared is not None:
+            self.shared.init_weights(draw.of("shared"), std, std_out)
+
+    def forward(self, x_TD: Tensor, num_sequences: int, replay: Replay) -> MoEOutput:
+        """[T, D], tokens of ``num_sequences`` sequences of equal length -> [T, D] to be added to the residual."""
+        through = self.timeline.through
+        x_TD = through(x_TD, "rest", "route")
+        routing = self.router(x_TD, replay)
+        placement = self.capacity(routing)
+        if self.training:
+            self.load.record(placement)
+        losses = self.balance(routing, num_sequences, self.load.pending_2E[0])
+        sent = self.dispatcher(through(x_TD, "route", "dispatch"), placement)
+        sent = replace(sent, rows_RD=through(sent.rows_RD, "dispatch", "experts"))
+        rows_RD = through(self.experts(sent), "experts", "combine")
+        out_TD = through(self.dispatcher.combine(rows_RD, sent), "combine", "rest")
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        return MoEOutput(out_TD, losses)

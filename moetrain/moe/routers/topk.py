@@ -1,0 +1,81 @@
+"""The router that moetrain began with: linear logits, top-k, softmax over the chosen; noise in training only.
+
+Sources: Shazeer et al. 2017 (noisy top-k), Lepikhin et al. 2020 (GShard), Fedus et al. 2021 (Switch: one choice, weights
+from the softmax over all, jitter on the router's input).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.replay import Replay
+from moetrain.ops.init import Draw
+from moetrain.types import Problem, Routing
+
+
+class TopKRouter(nn.Module):
+    """Logits ``x W^T`` in fp32; the k largest win, ties go to the lower expert id.
+
+    weights ``chosen``: softmax over the chosen logits (sums to 1); ``all``: probabilities of the softmax over all experts.
+    noise, in training only: ``jitter`` multiplies the router's own copy of x by U(1 - scale, 1 + scale); ``gaussian`` adds
+    scale * N(0, 1) to the logits; ``learned`` adds softplus(x W_noise^T) * N(0, 1).
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        device: torch.device,
+        top_k: int = 2,
+        weights: Literal["chosen", "all"] = "chosen",
+        noise: Literal["none", "jitter", "gaussian", "learned"] = "none",
+        noise_scale: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.weights, self.noise, self.noise_scale = top_k, weights, noise, noise_scale
+        self.gate = nn.Parameter(torch.empty(num_experts, dim, device=device))
+        if noise == "learned":
+            self.noise_gate = nn.Parameter(torch.zeros(num_experts, dim, device=device))
+
+    @staticmethod
+    def problems(*, num_experts: int, top_k: int = 2, weights: str = "chosen", **_: object) -> list[Problem]:
+        """Settings that would run and teach the router nothing."""
+        if top_k == 1 and weights == "chosen":
+            reason = "softmax over one chosen logit is always 1, so the router would get no gradient from the model"
+            return [Problem("router.weights", weights, reason, "set router.weights=all, or router.top_k=2")]
+        return []
+
+    def init_weights(self, draw: Draw, std: float) -> None:
+        draw.normal_(self.gate, "gate", std)
+
+    def forward(self, x_TD: Tensor, replay: Replay) -> Routing:
+        """[T, D] of any float dtype -> Routing."""
+        logits_TE = self._logits(x_TD.float())
+        expert_TK = replay.choose(lambda: best_experts(logits_TE, self.top_k))
+        probs_TE = logits_TE.softmax(-1)
+        if self.weights == "chosen":
+            weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)
+        else:
+            weight_TK = probs_TE.gather(1, expert_TK)
+        return Routing(logits_TE, probs_TE, expert_TK, weight_TK)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        noisy = self.training and self.noise != "none"
+        if noisy and self.noise == "jitter":
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - self.noise_scale, 1.0 + self.noise_scale)
+        logits_TE = torch.nn.functional.linear(x_TD, self.gate.float())
+        if noisy and self.noise == "gaussian":
+            logits_TE = logits_TE + self.noise_scale * torch.randn_like(logits_TE)
+        if noisy and self.noise == "learned":
+            std_TE = torch.nn.functional.softplus(torch.nn.functional.linear(x_TD, self.noise_gate.float()))
+            logits_TE = logits_TE + std_TE * torch.randn_like(logits_TE)
+        return logits_TE
+
+
+def best_experts(score_TE: Tensor, top_k: int) -> Tensor:
+    """The k best columns of each row, int64 [T, K], best first, ties to the lower id. No gradient."""
+    return score_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()

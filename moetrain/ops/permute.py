@@ -1,0 +1,100 @@
+"""Tokens to expert rows and back: one gather out, one weighted sum home, each the other's backward.
+
+``assignment_R`` names for each row the assignment t*K + k it carries, N where the row is empty. ``row_TK`` names for each
+assignment its row, R where it has none (it was dropped). The two are inverse to each other, so no backward needs an atomic
+scatter-add: both directions are gathers in a fixed order, hence deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """The two inverse index maps, int64. ``has_empty``: whether any row may be empty (known without looking)."""
+
+    assignment_R: Tensor
+    row_TK: Tensor
+    has_empty: bool
+
+    @property
+    def token_R(self) -> Tensor:
+        return self.assignment_R // self.row_TK.shape[1]
+
+
+def rows_of_tokens(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """[T, D] -> [R, D]: each row its token, empty rows zero."""
+    out: Tensor = _Spread.apply(x_TD, rows)
+    return out
+
+
+def tokens_of_rows(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+    """[R, D] -> [T, D]: each token the weighted sum of its rows; dropped assignments add nothing.
+
+    weight_TK is fp32 and so is the sum, whatever y's dtype; the result has y's dtype.
+    """
+    out: Tensor = _Gather.apply(y_RD, weight_TK, rows)
+    return out
+
+
+def rows_of_tokens_plain(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """The reference of ``rows_of_tokens``, left to autograd."""
+    return torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])])[rows.token_R]
+
+
+def tokens_of_rows_plain(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+    """The reference of ``tokens_of_rows``, left to autograd."""
+    padded = torch.cat([y_RD, y_RD.new_zeros(1, y_RD.shape[1])])[rows.row_TK]
+    return (padded.float() * weight_TK.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+
+
+def _take(x_TD: Tensor, token_R: Tensor, has_empty: bool) -> Tensor:
+    source = torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])]) if has_empty else x_TD
+    return source.index_select(0, token_R)
+
+
+def _weighted_sum(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+    num_rows, dim = y_RD.shape
+    if num_rows == 0:
+        return y_RD.new_zeros(row_TK.shape[0], dim)
+    weight_TK = weight_TK.masked_fill(row_TK >= num_rows, 0.0)
+    row_TK = row_TK.clamp(max=num_rows - 1)
+    if y_RD.dtype == torch.float32:
+        return torch.nn.functional.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weight_TK)
+    picked_TKD = y_RD.index_select(0, row_TK.reshape(-1)).view(*row_TK.shape, dim)
+    return torch.einsum("tkd,tk->td", picked_TKD.float(), weight_TK).to(y_RD.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows: RowMap) -> Tensor:
+        ctx.rows = rows
+        return _take(x_TD, rows.token_R, rows.has_empty)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ones_TK = torch.ones(ctx.rows.row_TK.shape, device=grads[0].device)
+        return _weighted_sum(grads[0], ones_TK, ctx.rows.row_TK), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+        ctx.save_for_backward(y_RD, weight_TK)
+        ctx.rows = rows
+        return _weighted_sum(y_RD, weight_TK, rows.row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_RD, weight_TK = ctx.saved_tensors
+        rows: RowMap = ctx.rows
+        grad_RD = _take(grads[0], rows.token_R, rows.has_empty)
+        dot_R = torch.linalg.vecdot(grad_RD.float(), y_RD.float())
+        grad_weight_TK = torch.cat([dot_R, dot_R.new_zeros(1)])[rows.row_TK]
+        weight_R = torch.cat([weight_TK.reshape(-1), weight_TK.new_zeros(1)])[rows.assignment_R]
+        return (grad_RD * weight_R.unsqueeze(-1)).to(y_RD.dtype), grad_weight_TK, None

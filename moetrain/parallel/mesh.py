@@ -1,0 +1,97 @@
+"""Who is in which group: the one place that makes process groups and chooses the device.
+
+The whole world is data parallel. EP groups are consecutive ranks, so that experts of one group lie on one host where that
+is possible; expert-data-parallel groups, which hold replicas of the same experts, are strided::
+
+    ranks 0..7, ep_size 4:   EP groups [0 1 2 3] [4 5 6 7]     expert-DP groups [0 4] [1 5] [2 6] [3 7]
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from moetrain.config import MachineConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. Groups are None when there is one process and no process group."""
+
+    rank: int
+    world_size: int
+    ep_size: int
+    device: torch.device
+    world_group: ProcessGroup | None = None
+    ep_group: ProcessGroup | None = None
+    expert_dp_group: ProcessGroup | None = None
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep_size
+
+    @property
+    def expert_dp_rank(self) -> int:
+        return self.rank // self.ep_size
+
+    @property
+    def expert_dp_size(self) -> int:
+        return self.world_size // self.ep_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(machine: MachineConfig) -> torch.device:
+    """The device of this process: ``machine.device``, or an accelerator where torch sees one; indexed by LOCAL_RANK."""
+    kind = machine.device
+    if kind == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        kind = "cpu" if found is None else found.type
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def init_mesh(ep_size: int, machine: MachineConfig) -> Mesh:
+    """Join the world that torchrun describes in the environment, or stand alone when there is none.
+
+    Raises ValueError if ``ep_size`` does not divide the world (checked before any group is made).
+    """
+    device = choose_device(machine)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % ep_size:
+        raise ValueError(f"engine.ep_size = {ep_size} does not divide the world of {world_size} ranks")
+    if "RANK" not in os.environ:
+        return Mesh(rank=0, world_size=1, ep_size=1, device=device)
+    timeout = timedelta(seconds=machine.timeout_s)
+    dist.init_process_group(
+        backend=dist.get_default_backend_for_device(device),
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+    return mesh_of_world(ep_size, device, timeout)
+
+
+def mesh_of_world(ep_size: int, device: torch.device, timeout: timedelta | None = None) -> Mesh:
+    """Cut the already initialised world into EP and expert-DP groups. Collective: all ranks make all groups alike."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    assert world_size % ep_size == 0, (world_size, ep_size)
+    ranks = torch.arange(world_size).view(-1, ep_size)
+    ep_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    expert_dp_group, _ = dist.new_subgroups_by_enumeration(ranks.t().tolist(), timeout=timeout)
+    return Mesh(rank, world_size, ep_size, device, dist.group.WORLD, ep_group, expert_dp_group)
+
+
+def close_mesh() -> None:
+    """Leave the process group, if there is one; a later ``init_mesh`` in the same process then works."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,143 @@
+"""Each dispatcher equals the single-process reference, forward and in every gradient, whatever the routing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.replay import Replay
+from moetrain.ops.init import Draw
+from moetrain.ops.timeline import Timeline
+from moetrain.parallel.mesh import Mesh, mesh_of_world
+from moetrain.types import Placement, Routing
+from tests.ranks import run_ranks
+from tests.tiny import alone, tiny
+
+TOKENS = 24
+ROUTINGS = ["random", "all_to_one", "all_to_last_rank", "one_rank_silent", "nothing_kept"]
+CPU = torch.device("cpu")
+
+
+def forced(kind: str, rank: int) -> torch.Tensor:
+    """expert_TK of 8 experts, the same on every rank unless ``kind`` says otherwise."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    if kind == "all_to_one":
+        return torch.tensor([[3, 2]]).expand(TOKENS, 2).contiguous()
+    if kind == "all_to_last_rank":
+        return torch.rand(TOKENS, 2, generator=generator).topk(2).indices + 6
+    return torch.rand(TOKENS, 8, generator=generator).topk(2).indices
+
+
+class ForcedRouter(torch.nn.Module):
+    """A router whose choice is given, so that the routings that hurt can be had."""
+
+    def __init__(self, inner: torch.nn.Module, expert_TK: torch.Tensor, kept_TK: torch.Tensor) -> None:
+        super().__init__()
+        self.inner, self.expert_TK, self.kept_TK = inner, expert_TK, kept_TK
+
+    def forward(self, x_TD: torch.Tensor, replay: Replay) -> Routing:
+        replay.expert_TK = self.expert_TK
+        return self.inner(x_TD, replay)
+
+
+class ForcedCapacity(torch.nn.Module):
+    """Drops what it is told to drop, on top of what the real capacity drops."""
+
+    def __init__(self, inner: torch.nn.Module, kept_TK: torch.Tensor) -> None:
+        super().__init__()
+        self.inner, self.kept_TK = inner, kept_TK
+
+    def forward(self, routing: Routing) -> Placement:
+        placement = self.inner(routing)
+        return replace(placement, kept_TK=placement.kept_TK & self.kept_TK)
+
+
+def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | None) -> dict[str, np.ndarray]:
+    """Forward and backward of one layer on the tokens of ``rank``: output and all gradients."""
+    config = tiny(dispatch=dispatch, capacity__factor_train=factor, capacity__minimum=2, experts__num_shared=1)
+    layer = MoELayer(config, mesh, Timeline(CPU, enabled=False))
+    layer.init_weights(Draw(1), 0.2, 0.2)
+    kept_TK = torch.full((TOKENS, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
+    layer.router = ForcedRouter(layer.router, forced(kind, rank), kept_TK)
+    layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
+    x_TD = torch.randn(TOKENS, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    out = layer(x_TD, 2, Replay())
+    (out.hidden_TD.square().sum() + out.losses.balance + out.losses.z).backward()
+    assert x_TD.grad is not None
+    found = {"y": out.hidden_TD.detach(), "dx": x_TD.grad, "balance": out.losses.balance.detach()}
+    for name, p in layer.named_parameters():
+        assert p.grad is not None, f"{name} took no part in backward"
+        found[name] = p.grad
+    return {k: v.numpy() for k, v in found.items()}
+
+
+def sharded(rank: int, world: int, cases: list[tuple[str, str, float | None]]) -> list[dict[str, np.ndarray]]:
+    mesh = mesh_of_world(world, CPU)
+    results = []
+    for case in cases:
+        dist.barrier()
+        results.append(run_layer(mesh, case[0], case[1], rank, case[2]))
+    return results
+
+
+def cases(world: int) -> list[tuple[str, str, float | None]]:
+    """Both sharded dispatchers, with and without a capacity."""
+    dropless: list[tuple[str, str, float | None]] = [("alltoall", kind, None) for kind in ROUTINGS]
+    limited: list[tuple[str, str, float | None]] = [(d, k, 1.0) for d in ("alltoall", "padded") for k in ROUTINGS]
+    return dropless + limited
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_dispatcher_equals_one_process(world: int) -> None:
+    """TRAPS 14, 27, 34 and T15: values, gradients of inputs, router, experts; no rank may hang or skip a node."""
+    by_rank = run_ranks(world, sharded, cases(world))
+    for number, (dispatch, kind, factor) in enumerate(cases(world)):
+        alone_by_rank = [run_layer(alone(), "local", kind, rank, factor) for rank in range(world)]
+        label = f"{dispatch} {kind} capacity {factor}"
+        for rank in range(world):
+            ours, reference = by_rank[rank][number], alone_by_rank[rank]
+            for name in ("y", "dx", "balance", "router.inner.gate", "shared.gate_up", "shared.down"):
+                np.testing.assert_allclose(ours[name], reference[name], rtol=1e-5, atol=1e-5, err_msg=f"{label} {name}")
+        for name in ("experts.gate_up", "experts.down"):
+            held = np.concatenate([by_rank[rank][number][name] for rank in range(world)])
+            total: Any = sum(reference[name] for reference in alone_by_rank)
+            np.testing.assert_allclose(held, total, rtol=1e-5, atol=1e-4, err_msg=f"{label} {name}")
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("dispatch", ["padded", "alltoall"])
+def test_one_rank_of_its_own_equals_local(dispatch: str, kind: str) -> None:
+    ours = run_layer(alone(), dispatch, kind, 0, 1.0)
+    reference = run_layer(alone(), "local", kind, 0, 1.0)
+    for name, value in reference.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_dropped_token_passes_by_unchanged() -> None:
+    config = tiny(dispatch="padded", capacity__factor_train=1.0)
+    layer = MoELayer(config, alone(), Timeline(CPU, enabled=False))
+    layer.init_weights(Draw(1), 0.2, 0.2)
+    kept_TK = torch.ones(TOKENS, 2, dtype=torch.bool)
+    kept_TK[5] = False
+    layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
+    out = layer(torch.randn(TOKENS, 16), 2, Replay())
+    assert (out.hidden_TD[5] == 0).all()
+    assert (out.hidden_TD[6] != 0).any()
+
+
+def test_zero_tokens() -> None:
+    for dispatch in ("local", "alltoall"):
+        layer = MoELayer(tiny(dispatch=dispatch), alone(), Timeline(CPU, enabled=False))
+        layer.init_weights(Draw(1), 0.2, 0.2)
+        sent = layer.dispatcher(torch.zeros(0, 16), layer.capacity(layer.router(torch.zeros(0, 16), Replay())))
+        out = layer.dispatcher.combine(layer.experts(sent), sent)
+        out.sum().backward()
+        assert out.shape == (0, 16)
+        assert layer.experts.down.grad is not None
+        assert (layer.experts.down.grad == 0).all()

@@ -1,0 +1,127 @@
+"""Ops against their plain references, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain.ops.grouped_mm import grouped_linear, grouped_linear_plain
+from moetrain.ops.init import Draw
+from moetrain.ops.permute import (
+    RowMap,
+    rows_of_tokens,
+    rows_of_tokens_plain,
+    tokens_of_rows,
+    tokens_of_rows_plain,
+)
+from moetrain.ops.slots import count_by_choice, count_experts, queue_positions, queue_positions_by_cumsum
+
+
+def random_choices(num_tokens: int, num_experts: int, top_k: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=1).indices
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 10**6))
+def test_queue_positions_equal_the_cumulative_sum(num_tokens: int, num_experts: int, top_k: int, seed: int) -> None:
+    expert_TK = random_choices(num_tokens, num_experts, min(top_k, num_experts), seed)
+    assert torch.equal(
+        queue_positions(expert_TK, num_experts), queue_positions_by_cumsum(expert_TK, num_experts)
+    )
+    counts_E = count_experts(expert_TK, num_experts)
+    assert counts_E.dtype == torch.int64
+    assert torch.equal(counts_E, torch.bincount(expert_TK.flatten(), minlength=num_experts))
+    assert torch.equal(count_by_choice(expert_TK, num_experts).sum(0), counts_E)
+
+
+def test_all_first_choices_stand_before_all_second_choices() -> None:
+    expert_TK = torch.tensor([[0, 1], [1, 0], [0, 1]])
+    assert queue_positions(expert_TK, 2).tolist() == [[0, 1], [0, 2], [1, 2]]
+
+
+def test_trap_t11_positions_are_earliest_first_also_on_ties() -> None:
+    """topk on a 0/1 mask keeps arbitrary tokens: of 512 kept, fewer than 300 were the first ones in one framework."""
+    expert_TK = torch.zeros(4096, 1, dtype=torch.int64)
+    kept = queue_positions(expert_TK, 8)[:, 0] < 512
+    assert kept.nonzero().flatten().tolist() == list(range(512))
+
+
+def row_map(seed: int, num_tokens: int, num_rows: int, top_k: int) -> RowMap:
+    """A random injective map of assignments to rows, with drops and with empty rows."""
+    generator = torch.Generator().manual_seed(seed)
+    num = num_tokens * top_k
+    used = min(num, num_rows) // 2
+    assignment = torch.randperm(num, generator=generator)[:used]
+    place = torch.randperm(num_rows, generator=generator)[:used]
+    assignment_R = torch.full((num_rows,), num)
+    assignment_R[place] = assignment
+    row_N = torch.full((num,), num_rows)
+    row_N[assignment] = place
+    return RowMap(assignment_R, row_N.view(num_tokens, top_k), has_empty=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [0, 5, 40])
+def test_permutation_and_combination_equal_their_references(dtype: torch.dtype, num_rows: int) -> None:
+    rows = row_map(3, 11, num_rows, 2)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    results = []
+    for out_op, home_op in [
+        (rows_of_tokens, tokens_of_rows),
+        (rows_of_tokens_plain, tokens_of_rows_plain),
+    ]:
+        torch.manual_seed(0)
+        x_TD = torch.randn(11, 8).to(dtype).requires_grad_()
+        weight_TK = torch.rand(11, 2, requires_grad=True)
+        out_RD = out_op(x_TD, rows)
+        home_TD = home_op(out_RD * 1.5, weight_TK, rows)
+        home_TD.float().square().sum().backward()
+        results.append([out_RD, home_TD, x_TD.grad, weight_TK.grad])
+        assert home_TD.dtype == dtype
+        assert weight_TK.grad.dtype == torch.float32
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), plain.float(), **tolerance)
+
+
+def test_trap22_combine_sums_in_fp32() -> None:
+    """Eight bf16 rows of 1 with weight 1/3 each: summing in bf16 is off by more than one part in 500."""
+    rows = RowMap(torch.arange(8), torch.arange(8).view(1, 8), has_empty=False)
+    y_RD = torch.tensor([[256.0]] + [[1.0]] * 7, dtype=torch.bfloat16)
+    total = tokens_of_rows(y_RD, torch.ones(1, 8), rows)
+    assert total.item() == torch.tensor(263.0).bfloat16().item() == 264.0
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0], [4, 4, 4, 4]])
+def test_grouped_linear_equals_the_loop_and_trap14_empty_experts_have_zero_gradients(sizes: list[int]) -> None:
+    ends_e = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    static = sizes[0] if len(set(sizes)) == 1 and sizes[0] else None
+    results = []
+    for op in ("ours", "plain"):
+        torch.manual_seed(1)
+        x_RI = torch.randn(sum(sizes), 8, requires_grad=True)
+        weight_eOI = torch.randn(4, 16, 8, requires_grad=True)
+        if op == "ours":
+            out = grouped_linear(x_RI, weight_eOI, ends_e, static)
+        else:
+            out = grouped_linear_plain(x_RI, weight_eOI, ends_e)
+        (out * torch.linspace(0, 1, 16)).sum().backward()
+        results.append([out, x_RI.grad, weight_eOI.grad])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    for grad_OI, size in zip(results[0][2], sizes, strict=True):
+        assert bool((grad_OI != 0).any()) == (size > 0)
+
+
+def test_initial_weights_depend_on_seed_name_and_global_expert_only() -> None:
+    """TRAPS T17: with seeds per rank, EP=1 and EP=2 start from different experts."""
+    whole, half = torch.empty(4, 3, 2), torch.empty(2, 3, 2)
+    Draw(5).of("a").experts_(whole, "up", 0.1, first_expert=0)
+    Draw(5).of("a").experts_(half, "up", 0.1, first_expert=2)
+    assert torch.equal(whole[2:], half)
+    assert not torch.equal(whole[0], whole[1])
+    other = torch.empty(4, 3, 2)
+    Draw(6).of("a").experts_(other, "up", 0.1, first_expert=0)
+    assert not torch.equal(whole, other)

@@ -1,0 +1,72 @@
+"""A model small enough to differentiate in milliseconds, and data for it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from moetrain.config import Config
+from moetrain.parallel.mesh import Mesh
+from moetrain.types import Batch
+
+VOCAB = 64
+TARGETS = {
+    "local": "moetrain.moe.dispatch.local.LocalDispatcher",
+    "padded": "moetrain.moe.dispatch.padded.PaddedDispatcher",
+    "alltoall": "moetrain.moe.dispatch.alltoall.AllToAllDispatcher",
+}
+
+
+def tiny(**changes: Any) -> Config:
+    """A two-layer config; changes are dotted keys with ``__`` for the dot: ``tiny(model__dim=32, dispatch="local")``."""
+    raw: dict[str, Any] = {
+        "run": {"seed": 7},
+        "model": {
+            "dim": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "ffn_dim": 32,
+            "expert_dim": 24,
+            "context": 16,
+            "init_std": 0.1,
+        },
+        "experts": {"num_experts": 8},
+        "router": {"_target_": "moetrain.moe.routers.topk.TopKRouter", "top_k": 2},
+        "capacity": {"factor_train": None, "factor_eval": None},
+        "dispatch": {"_target_": TARGETS[changes.pop("dispatch", "alltoall")]},
+        "balance": {"balance_coef": 0.1, "z_coef": 0.01, "scope": "sequence"},
+        "engine": {"name": "local", "zero_stage": 0, "dtype": "fp32"},
+        "optim": {"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "clip_norm": 0.05},
+        "data": {},
+        "train": {"steps": 3, "global_batch": 8, "micro_batch": 2},
+        "monitor": {},
+        "machine": {"device": "cpu"},
+        "debug": {},
+        "recipe": {},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw[section][name] = value
+    return TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
+
+
+def alone() -> Mesh:
+    """One process."""
+    return Mesh(rank=0, world_size=1, ep_size=1, device=torch.device("cpu"))
+
+
+def tokens(num_sequences: int, context: int, seed: int = 0) -> Batch:
+    """A batch of random tokens, the same for every caller."""
+    generator = torch.Generator().manual_seed(seed)
+    window = torch.randint(0, VOCAB, (num_sequences, context + 1), generator=generator)
+    return Batch(window[:, :-1], window[:, 1:])
+
+
+def part_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Sequences start..stop of a batch."""
+    return Batch(batch.tokens_BS[start:stop], batch.targets_BS[start:stop])

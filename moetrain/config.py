@@ -1,8 +1,8 @@
-"""Typed schema of a run, and every check that needs two sections at once.
+"""Typed schema of a run; rules.py has every check that needs two sections at once.
 
-Sections are named after the Hydra groups in ``conf/``. A section whose parts are swapped (``router``, ``dispatch``) is a
-mapping with a ``_target_``: its keys are checked against the keyword-only parameters of that class, so that a new router is
-one file and one config.
+Sections are named after the Hydra groups in ``conf/``. A section whose parts are swapped (``router``, ``dispatch``) is
+a mapping with a ``_target_``: its keys are checked against the keyword-only parameters of that class, so that a new
+router is one file and one config.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Part = dict[str, Any]
 
 
@@ -54,7 +54,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ExpertsConfig:
-    """Routed experts of each MoE layer, and shared ones that every token passes (one FFN of num_shared * expert_dim)."""
+    """Routed experts of each MoE layer; shared ones, which every token passes: one FFN of num_shared * expert_dim."""
 
     num_experts: int = Field(ge=1)
     num_shared: int = Field(default=0, ge=0)
@@ -84,7 +84,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EngineConfig:
-    """``deepspeed`` is the distributed engine, ``local`` plain torch, its oracle. ``dtype`` auto: bf16 on an accelerator."""
+    """deepspeed is the distributed engine, local plain torch, its oracle. dtype auto: bf16 on an accelerator."""
 
     name: Literal["deepspeed", "local"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -95,7 +95,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class OptimConfig:
-    """AdamW (or SGD, for exact comparisons) with a warm-up of ``warmup_steps`` and a schedule down to ``min_lr_ratio``."""
+    """AdamW (or SGD, for exact comparisons), a warm-up of ``warmup_steps`` and a schedule down to ``min_lr_ratio``."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(gt=0)
@@ -114,7 +114,8 @@ class OptimConfig:
 class DataConfig:
     """Flat token bins. ``source``: kjv (ships with moetrain), text, jsonl, parquet, hub, or bins already prepared.
 
-    ``path``: the folder, file or data set name that the source reads; ``field``: the text column of jsonl, parquet, hub.
+    ``path``: the folder, file or data set name that the source reads; ``field``: the text column of jsonl, parquet and
+    hub.
     ``tokenizer``: ``kjv`` (a small BPE that ships), ``byte``, or the path of a ``tokenizer.json``.
     """
 
@@ -168,7 +169,7 @@ class MachineConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DebugConfig:
-    """Ways to look for a fault. ``overfit``: the same batch at every step. ``fake_world``: dry-run at this world size."""
+    """Ways to look for a fault. overfit: the same batch at every step. fake_world: dry-run at this world size."""
 
     overfit: bool = False
     fake_world: int | None = Field(default=None, gt=0)
@@ -205,6 +206,3 @@ class Config:
     machine: MachineConfig
     debug: DebugConfig
     recipe: RecipeConfig
-
-
-

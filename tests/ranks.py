@@ -32,7 +32,7 @@ def _main(rank: int, world: int, store: str, fn: Callable[..., Any], args: tuple
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call ``fn(rank, world, *args)`` on every rank and return the results in order of rank; a failing rank fails the test.
+    """Call ``fn(rank, world, *args)`` on every rank and return the results in rank order; a failing rank fails it.
 
     Results travel as numpy or plain objects: return ``tensor.numpy()`` or floats, not tensors.
     """

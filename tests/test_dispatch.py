@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.ops.init import Draw
+from moetrain.ops.kernels import make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import Placement, Routing
@@ -61,7 +62,7 @@ class ForcedCapacity(torch.nn.Module):
 def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | None) -> dict[str, np.ndarray]:
     """Forward and backward of one layer on the tokens of ``rank``: output and all gradients."""
     config = tiny(dispatch=dispatch, capacity__factor_train=factor, capacity__minimum=2, experts__num_shared=1)
-    layer = MoELayer(config, mesh, Timeline(CPU, enabled=False))
+    layer = MoELayer(config, mesh, Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
     layer.init_weights(Draw(1), 0.2, 0.2)
     kept_TK = torch.full((TOKENS, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
     layer.router = ForcedRouter(layer.router, forced(kind, rank), kept_TK)
@@ -121,7 +122,7 @@ def test_one_rank_of_its_own_equals_local(dispatch: str, kind: str) -> None:
 
 def test_a_dropped_token_passes_by_unchanged() -> None:
     config = tiny(dispatch="padded", capacity__factor_train=1.0)
-    layer = MoELayer(config, alone(), Timeline(CPU, enabled=False))
+    layer = MoELayer(config, alone(), Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
     layer.init_weights(Draw(1), 0.2, 0.2)
     kept_TK = torch.ones(TOKENS, 2, dtype=torch.bool)
     kept_TK[5] = False
@@ -133,7 +134,7 @@ def test_a_dropped_token_passes_by_unchanged() -> None:
 
 def test_zero_tokens() -> None:
     for dispatch in ("local", "alltoall"):
-        layer = MoELayer(tiny(dispatch=dispatch), alone(), Timeline(CPU, enabled=False))
+        layer = MoELayer(tiny(dispatch=dispatch), alone(), Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
         layer.init_weights(Draw(1), 0.2, 0.2)
         sent = layer.dispatcher(torch.zeros(0, 16), layer.capacity(layer.router(torch.zeros(0, 16), Replay())))
         out = layer.dispatcher.combine(layer.experts(sent), sent)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.ops.grouped_mm import grouped_linear, grouped_linear_plain
+from moetrain.ops.grouped_mm import experts_plain, grouped_swiglu
 from moetrain.ops.init import Draw
+from moetrain.ops.kernels import fastest_gemm, has_onednn, make_kernels
 from moetrain.ops.permute import (
     RowMap,
     rows_of_tokens,
@@ -17,6 +18,9 @@ from moetrain.ops.permute import (
     tokens_of_rows_plain,
 )
 from moetrain.ops.slots import count_by_choice, count_experts, queue_positions, queue_positions_by_cumsum
+
+
+CPU = torch.device("cpu")
 
 
 def random_choices(num_tokens: int, num_experts: int, top_k: int, seed: int) -> torch.Tensor:
@@ -28,9 +32,7 @@ def random_choices(num_tokens: int, num_experts: int, top_k: int, seed: int) -> 
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 10**6))
 def test_queue_positions_equal_the_cumulative_sum(num_tokens: int, num_experts: int, top_k: int, seed: int) -> None:
     expert_TK = random_choices(num_tokens, num_experts, min(top_k, num_experts), seed)
-    assert torch.equal(
-        queue_positions(expert_TK, num_experts), queue_positions_by_cumsum(expert_TK, num_experts)
-    )
+    assert torch.equal(queue_positions(expert_TK, num_experts), queue_positions_by_cumsum(expert_TK, num_experts))
     counts_E = count_experts(expert_TK, num_experts)
     assert counts_E.dtype == torch.int64
     assert torch.equal(counts_E, torch.bincount(expert_TK.flatten(), minlength=num_experts))
@@ -94,25 +96,46 @@ def test_trap22_combine_sums_in_fp32() -> None:
     assert total.item() == torch.tensor(263.0).bfloat16().item() == 264.0
 
 
+@pytest.mark.parametrize("kind", ["grouped", "torch", "onednn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0], [4, 4, 4, 4]])
-def test_grouped_linear_equals_the_loop_and_trap14_empty_experts_have_zero_gradients(sizes: list[int]) -> None:
+def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
+    sizes: list[int], dtype: torch.dtype, kind: str
+) -> None:
     ends_e = torch.tensor(sizes).cumsum(0).to(torch.int32)
     static = sizes[0] if len(set(sizes)) == 1 and sizes[0] else None
     results = []
-    for op in ("ours", "plain"):
+    for reference in (False, True):
         torch.manual_seed(1)
-        x_RI = torch.randn(sum(sizes), 8, requires_grad=True)
-        weight_eOI = torch.randn(4, 16, 8, requires_grad=True)
-        if op == "ours":
-            out = grouped_linear(x_RI, weight_eOI, ends_e, static)
+        rows_RD = torch.randn(sum(sizes), 8).to(dtype).requires_grad_()
+        gate_up_eFD, down_eDF = (torch.randn(4, *s).to(dtype).requires_grad_() for s in ((32, 8), (8, 16)))
+        if reference:
+            out = experts_plain(rows_RD, gate_up_eFD, down_eDF, ends_e)
+        elif kind == "grouped":
+            out = grouped_swiglu(rows_RD, gate_up_eFD, down_eDF, ends_e, static)
         else:
-            out = grouped_linear_plain(x_RI, weight_eOI, ends_e)
-        (out * torch.linspace(0, 1, 16)).sum().backward()
-        results.append([out, x_RI.grad, weight_eOI.grad])
+            out = make_kernels(CPU, kind).experts(rows_RD, gate_up_eFD, down_eDF, ends_e, static)
+        (out.float() * torch.linspace(0, 1, 8)).sum().backward()
+        results.append([out, rows_RD.grad, gate_up_eFD.grad, down_eDF.grad])
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+        assert (ours - plain).float().norm() <= tolerance * plain.float().norm()
     for grad_OI, size in zip(results[0][2], sizes, strict=True):
         assert bool((grad_OI != 0).any()) == (size > 0)
+
+
+def test_linear_kernels_agree_and_the_probe_names_one_of_them() -> None:
+    results = []
+    for name in ("torch", "onednn"):
+        torch.manual_seed(0)
+        x, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+        out = make_kernels(CPU, name).linear(x, weight)
+        out.transpose(1, 2).square().sum().backward()
+        results.append([out, x.grad, weight.grad])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    assert fastest_gemm(CPU) in ("torch", "onednn")
+    assert has_onednn(), "this build of torch has lost the operator: the fallback is at work, see ops/kernels.py"
 
 
 def test_initial_weights_depend_on_seed_name_and_global_expert_only() -> None:

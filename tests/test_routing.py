@@ -63,11 +63,15 @@ def test_routing_is_the_seeds_weight_tensor(top_k: int, factor: float) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "factor", "minimum", "expected"),
-    [(64, 2, 8, 1.25, 4, 20), (64, 2, 8, 1.1, 4, 18), (8, 1, 8, 1.0, 4, 4), (24, 1, 8, 1.0, 1, 4), (0, 2, 8, 1.0, 4, 4)],
+    [
+        (64, 2, 8, 1.25, 4, 20),
+        (64, 2, 8, 1.1, 4, 18),
+        (8, 1, 8, 1.0, 4, 4),
+        (24, 1, 8, 1.0, 1, 4),
+        (0, 2, 8, 1.0, 4, 4),
+    ],
 )
-def test_slots_per_expert(
-    tokens: int, top_k: int, experts: int, factor: float, minimum: int, expected: int
-) -> None:
+def test_slots_per_expert(tokens: int, top_k: int, experts: int, factor: float, minimum: int, expected: int) -> None:
     assert slots_per_expert(tokens, top_k, experts, factor, minimum) == expected
 
 
@@ -82,7 +86,9 @@ def test_kept_and_dropped_conserve_and_slots_are_unique() -> None:
     torch.manual_seed(0)
     routing = routing_of(torch.rand(50, 6).pow(3).topk(2).indices, 6)
     placement = Capacity(CapacityConfig(factor_train=0.7, minimum=1), 6, alone())(routing)
-    taken = [(e, s) for e, s in zip(routing.expert_TK[placement.kept_TK], placement.slot_TK[placement.kept_TK])]
+    taken = [
+        (e, s) for e, s in zip(routing.expert_TK[placement.kept_TK], placement.slot_TK[placement.kept_TK], strict=True)
+    ]
     pairs = {(int(e), int(s)) for e, s in taken}
     assert len(pairs) == len(taken) == int(placement.kept_TK.sum()) < 100
     assert max(s for _, s in pairs) < (placement.capacity or 0)

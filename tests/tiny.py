@@ -21,7 +21,7 @@ TARGETS = {
 
 
 def tiny(**changes: Any) -> Config:
-    """A two-layer config; changes are dotted keys with ``__`` for the dot: ``tiny(model__dim=32, dispatch="local")``."""
+    """A two-layer config; changes are dotted keys, ``__`` for the dot: ``tiny(model__dim=32, dispatch="local")``."""
     raw: dict[str, Any] = {
         "run": {"seed": 7},
         "model": {

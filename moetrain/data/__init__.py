@@ -1,0 +1,8 @@
+"""Data: text to token bins once, then batches as a pure function of the step."""
+
+from moetrain.data.bins import Corpus, TokenStream
+from moetrain.data.corpus import prepare
+from moetrain.data.sampler import Loader
+from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Corpus", "Loader", "TokenStream", "Tokenizer", "load_tokenizer", "prepare"]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moetrain.config import ModelConfig
 from moetrain.ops.init import Draw
+from moetrain.ops.kernels import Kernels
 
 # q_BHSd: H query heads of width d; k and v have fewer heads, each shared by a group of query heads.
 
@@ -41,8 +42,9 @@ def rotate(x_BHSd: Tensor, tables_2Sd: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention; with a document mask, only inside each document."""
 
-    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, device: torch.device, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, model.num_kv_heads, model.head_dim
         q_dim, kv_dim = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self.qkv = nn.Parameter(torch.empty(q_dim + 2 * kv_dim, model.dim, device=device))
@@ -60,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         """[B, S, D] -> [B, S, D]. mask_B1SS: bool, True where attention is allowed; None is plain causal."""
         q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = torch.nn.functional.linear(x_BSD, self.qkv).split([q_dim, kv_dim, kv_dim], dim=-1)
+        q, k, v = self.kernels.linear(x_BSD, self.qkv).split([q_dim, kv_dim, kv_dim], dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSd, k_BHSd, v_BHSd = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -74,7 +76,7 @@ class Attention(nn.Module):
             is_causal=mask_B1SS is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return torch.nn.functional.linear(y_BHSd.transpose(1, 2).flatten(2), self.out)
+        return self.kernels.linear(y_BHSd.transpose(1, 2).flatten(2), self.out)
 
 
 def document_mask(document_BS: Tensor) -> Tensor:

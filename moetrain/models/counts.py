@@ -12,8 +12,8 @@ from moetrain.models.decoder import is_moe_layer
 class SizeReport:
     """Parameters of the whole model (all experts), and what one token uses.
 
-    active: total without the routed experts that a token does not visit. flops_per_token: forward and backward of one token
-    in training at full context, multiply and add counted apart, causal attention counted as half of the square.
+    active: total without the routed experts that a token does not visit. flops_per_token: forward and backward of one
+    token in training at full context, multiply and add counted apart, causal attention counted as half of the square.
     """
 
     total: int

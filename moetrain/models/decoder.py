@@ -15,6 +15,7 @@ from moetrain.moe.experts import FeedForward
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.ops.init import Draw
+from moetrain.ops.kernels import Kernels, make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import Batch, LoadCounts, LossTerms, ModelOutput
@@ -36,18 +37,18 @@ class BlockOutput:
 class Block(nn.Module):
     """Pre-norm: attention, then a dense or an MoE feed-forward; both add to the residual."""
 
-    def __init__(self, config: Config, index: int, mesh: Mesh, timeline: Timeline) -> None:
+    def __init__(self, config: Config, index: int, mesh: Mesh, timeline: Timeline, kernels: Kernels) -> None:
         super().__init__()
         model = config.model
         self.timeline = timeline
         self.attention_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
-        self.attention = Attention(model, mesh.device)
+        self.attention = Attention(model, mesh.device, kernels)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
         self.is_moe = is_moe_layer(model, index)
         if self.is_moe:
-            self.moe = MoELayer(config, mesh, timeline)
+            self.moe = MoELayer(config, mesh, timeline, kernels)
         else:
-            self.ffn = FeedForward(model.dim, model.ffn_dim, mesh.device)
+            self.ffn = FeedForward(model.dim, model.ffn_dim, mesh.device, kernels)
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
         self.attention.init_weights(draw.of("attention"), std, std_out)
@@ -70,13 +71,23 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens in, loss out. Parameters are fp32 on the mesh's device, a function of (seed, name, global expert id)."""
 
-    def __init__(self, config: Config, mesh: Mesh, vocab_size: int, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        vocab_size: int,
+        timeline: Timeline | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Without a ``timeline`` nothing is timed; without ``kernels`` torch's own are used."""
         super().__init__()
         model = config.model
         self.config, self.context = config, model.context
-        self.timeline = Timeline(mesh.device, enabled=False) if timeline is None else timeline
+        self.timeline = timeline or Timeline(mesh.device, enabled=False)
+        self.kernels = kernels or make_kernels(mesh.device, "torch")
         self.embedding = nn.Embedding(vocab_size, model.dim, device=mesh.device)
-        self.blocks = nn.ModuleList(Block(config, i, mesh, self.timeline) for i in range(model.num_layers))
+        blocks = [Block(config, i, mesh, self.timeline, self.kernels) for i in range(model.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
         if not model.tied_embeddings:
             self.head = nn.Parameter(torch.empty(vocab_size, model.dim, device=mesh.device))
@@ -128,7 +139,7 @@ class Decoder(nn.Module):
 
     def _project(self, x_XD: Tensor) -> Tensor:
         weight_VD = self.embedding.weight if self.config.model.tied_embeddings else self.head
-        return torch.nn.functional.linear(x_XD, weight_VD)
+        return self.kernels.linear(x_XD, weight_VD)
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, in order of depth."""

@@ -1,15 +1,15 @@
 """Router losses, in units where an even load is 1.0, one value per layer.
 
-balance: ``E * sum_e f_e * P_e`` with f_e the share of assignments of expert e, counted BEFORE dropping, and P_e the mean
-router probability (Switch, Fedus et al. 2021, with f over all k choices). f has no gradient. z: ``mean_t logsumexp(l_t)^2``
-(ST-MoE, Zoph et al. 2022).
+balance: ``E * sum_e f_e * P_e`` with f_e the share of assignments of expert e, counted BEFORE dropping, and P_e the
+mean router probability (Switch, Fedus et al. 2021, with f over all k choices). f has no gradient. z: ``mean_t
+logsumexp(l_t)^2`` (ST-MoE, Zoph et al. 2022).
 
 The scope is the set of tokens that f and P are means over:
 
 - ``micro_batch``: the tokens of this rank.
 - ``sequence``: each sequence by itself, then the mean; the same under every layout.
-- ``global_batch``: f over all ranks and all micro-batches of the step so far, P over this rank. f carries no gradient, so
-  one all-reduce of integers is enough, and the mean over ranks of the local losses equals the loss of the whole.
+- ``global_batch``: f over all ranks and all micro-batches of the step so far, P over this rank. f carries no gradient,
+  so one all-reduce of integers is enough, and the mean over ranks of the local losses equals the loss of the whole.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Balance(nn.Module):
         self.scope, self.num_experts, self.mesh = config.scope, num_experts, mesh
 
     def forward(self, routing: Routing, num_sequences: int, earlier_E: Tensor) -> LossTerms:
-        """earlier_E: int64 counts of this rank's earlier micro-batches of the step (read under ``global_batch`` only)."""
+        """earlier_E: int64 counts of this rank's earlier micro-batches of the step (read under ``global_batch``
+        only).
+        """
         share, probs = self._share_and_probs(routing, num_sequences, earlier_E)
         return LossTerms(balance=balance_loss(share, probs), z=z_loss(routing.logits_TE))
 

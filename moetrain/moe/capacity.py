@@ -24,8 +24,8 @@ class Capacity(nn.Module):
     """Places assignments in slots, all first choices before all second choices, and drops what exceeds the capacity.
 
     The order is not causal: a later token's first choice can take the slot of an earlier token's second choice.
-    Under ``global`` scope the queue of an expert runs over the ranks in their order within each choice, which is the queue
-    that one process would have made of the whole micro-step.
+    Under ``global`` scope the queue of an expert runs over the ranks in their order within each choice, which is the
+    queue that one process would have made of the whole micro-step.
     """
 
     def __init__(self, config: CapacityConfig, num_experts: int, mesh: Mesh) -> None:

@@ -5,27 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.ops.grouped_mm import grouped_linear
+from moetrain.ops.grouped_mm import swiglu
 from moetrain.ops.init import Draw
+from moetrain.ops.kernels import Kernels
 from moetrain.types import Dispatched
-
-
-def swiglu(gate_up_RF: Tensor) -> Tensor:
-    """[R, 2F] with the gate in the first half -> [R, F] (Shazeer 2020)."""
-    gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate_RF) * up_RF
 
 
 class Experts(nn.Module):
     """Experts ``first_expert ... first_expert + num_local - 1``, stacked: gate_up [e, 2F, D], down [e, D, F].
 
-    It knows nothing of ranks: rows come grouped by expert and leave in the same order. Stacked weights always take part in
-    backward, so an expert without rows has zero gradients, never None.
+    It knows nothing of ranks: rows come grouped by expert and leave in the same order. Stacked weights always take
+    part in backward, so an expert without rows has zero gradients, never None.
     """
 
-    def __init__(self, dim: int, expert_dim: int, num_local: int, first_expert: int, device: torch.device) -> None:
+    def __init__(
+        self, dim: int, expert_dim: int, num_local: int, first_expert: int, device: torch.device, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.first_expert = first_expert
+        self.first_expert, self.kernels = first_expert, kernels
         self.gate_up = nn.Parameter(torch.empty(num_local, 2 * expert_dim, dim, device=device))
         self.down = nn.Parameter(torch.empty(num_local, dim, expert_dim, device=device))
 
@@ -35,15 +32,15 @@ class Experts(nn.Module):
 
     def forward(self, sent: Dispatched) -> Tensor:
         """rows_RD -> [R, D]."""
-        hidden_RF = swiglu(grouped_linear(sent.rows_RD, self.gate_up, sent.ends_e, sent.rows_per_expert))
-        return grouped_linear(hidden_RF, self.down, sent.ends_e, sent.rows_per_expert)
+        return self.kernels.experts(sent.rows_RD, self.gate_up, self.down, sent.ends_e, sent.rows_per_expert)
 
 
 class FeedForward(nn.Module):
     """A dense SwiGLU network: gate_up [2F, D], down [D, F]. Also the shared experts, of width num_shared * F."""
 
-    def __init__(self, dim: int, hidden_dim: int, device: torch.device) -> None:
+    def __init__(self, dim: int, hidden_dim: int, device: torch.device, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_up = nn.Parameter(torch.empty(2 * hidden_dim, dim, device=device))
         self.down = nn.Parameter(torch.empty(dim, hidden_dim, device=device))
 
@@ -53,5 +50,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        hidden_TF = swiglu(torch.nn.functional.linear(x_TD, self.gate_up))
-        return torch.nn.functional.linear(hidden_TF, self.down)
+        return self.kernels.linear(swiglu(self.kernels.linear(x_TD, self.gate_up)), self.down)

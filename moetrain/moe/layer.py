@@ -1,4 +1,6 @@
-"""The MoE layer: router -> capacity -> dispatch -> experts -> combine. It assembles; the parts do not know each other."""
+"""The MoE layer: router -> capacity -> dispatch -> experts -> combine. It assembles; the parts do not know each
+other.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from moetrain.moe.experts import Experts, FeedForward
 from moetrain.moe.load import ExpertLoad
 from moetrain.moe.replay import Replay
 from moetrain.ops.init import Draw
+from moetrain.ops.kernels import Kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.parts import build
@@ -22,7 +25,7 @@ from moetrain.types import MoEOutput
 class MoELayer(nn.Module):
     """One feed-forward layer with ``num_experts`` experts, of which this rank holds ``num_experts / ep_size``."""
 
-    def __init__(self, config: Config, mesh: Mesh, timeline: Timeline) -> None:
+    def __init__(self, config: Config, mesh: Mesh, timeline: Timeline, kernels: Kernels) -> None:
         super().__init__()
         num_experts, allow = config.experts.num_experts, config.machine.allow_modules
         dim, expert_dim = config.model.dim, config.model.expert_dim
@@ -31,9 +34,9 @@ class MoELayer(nn.Module):
         self.router = build(config.router, allow, dim=dim, num_experts=num_experts, device=mesh.device)
         self.capacity = Capacity(config.capacity, num_experts, mesh)
         self.dispatcher = build(config.dispatch, allow, num_experts=num_experts, mesh=mesh)
-        self.experts = Experts(dim, expert_dim, num_local, mesh.ep_rank * num_local, mesh.device)
+        self.experts = Experts(dim, expert_dim, num_local, mesh.ep_rank * num_local, mesh.device, kernels)
         num_shared = config.experts.num_shared
-        self.shared = FeedForward(dim, num_shared * expert_dim, mesh.device) if num_shared else None
+        self.shared = FeedForward(dim, num_shared * expert_dim, mesh.device, kernels) if num_shared else None
         self.balance = Balance(config.balance, num_experts, mesh)
         self.load = ExpertLoad(num_experts, mesh.device)
 

@@ -9,18 +9,32 @@ from torch import Tensor
 def grouped_linear(x_RI: Tensor, weight_eOI: Tensor, ends_e: Tensor, rows_per_expert: int | None) -> Tensor:
     """[R, I] x [e, O, I] -> [R, O]: rows up to ``ends_e[i]`` meet expert i's weight.
 
-    ends_e: int32, cumulative, last one R. Where all experts have ``rows_per_expert`` rows, one batched product does it and
-    ``ends_e`` is not read. Zero rows give an empty result and zero (not None) gradients for every expert.
+    ends_e: int32, cumulative, last one R. Where all experts have ``rows_per_expert`` rows, one batched product does it
+    and ``ends_e`` is not read. Zero rows give an empty result and zero (not None) gradients for every expert.
     """
     if rows_per_expert is None:
         return torch.nn.functional.grouped_mm(x_RI, weight_eOI.transpose(1, 2), offs=ends_e)
-    num_experts, dim_out, dim_in = weight_eOI.shape
+    num_experts, _, dim_in = weight_eOI.shape
     x_eRI = x_RI.view(num_experts, rows_per_expert, dim_in)
-    return torch.bmm(x_eRI, weight_eOI.transpose(1, 2)).view(-1, dim_out)
+    return torch.bmm(x_eRI, weight_eOI.transpose(1, 2)).flatten(0, 1)
 
 
-def grouped_linear_plain(x_RI: Tensor, weight_eOI: Tensor, ends_e: Tensor) -> Tensor:
-    """The reference: a loop over experts. (``unbind`` keeps its backward from making one full-size zero per expert.)"""
+def grouped_swiglu(
+    rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor, rows_per_expert: int | None
+) -> Tensor:
+    """``down_e (silu(gate_e x) * up_e x)`` for rows grouped by expert -> [R, D]; no host synchronisation."""
+    hidden_RF = swiglu(grouped_linear(rows_RD, gate_up_eFD, ends_e, rows_per_expert))
+    return grouped_linear(hidden_RF, down_eDF, ends_e, rows_per_expert)
+
+
+def swiglu(gate_up_RF: Tensor) -> Tensor:
+    """[R, 2F] with the gate in the first half -> [R, F] (Shazeer 2020)."""
+    gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_RF) * up_RF
+
+
+def experts_plain(rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor) -> Tensor:
+    """The reference of every implementation: a loop over experts, left to autograd."""
     sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
-    pairs = zip(x_RI.split(sizes), weight_eOI.unbind(0), strict=True)
-    return torch.cat([rows @ weight_OI.t() for rows, weight_OI in pairs])
+    blocks = zip(rows_RD.split(sizes), gate_up_eFD.unbind(0), down_eDF.unbind(0), strict=True)
+    return torch.cat([swiglu(x_RD @ gate_up.t()) @ down.t() for x_RD, gate_up, down in blocks])

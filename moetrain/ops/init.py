@@ -1,4 +1,6 @@
-"""Initial weights as a function of (seed, parameter name, global expert id), never of rank, layout or order of creation."""
+"""Initial weights as a function of (seed, parameter name, global expert id), never of rank, layout or order of
+creation.
+"""
 
 from __future__ import annotations
 

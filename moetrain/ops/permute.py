@@ -1,8 +1,8 @@
 """Tokens to expert rows and back: one gather out, one weighted sum home, each the other's backward.
 
-``assignment_R`` names for each row the assignment t*K + k it carries, N where the row is empty. ``row_TK`` names for each
-assignment its row, R where it has none (it was dropped). The two are inverse to each other, so no backward needs an atomic
-scatter-add: both directions are gathers in a fixed order, hence deterministic.
+``assignment_R`` names for each row the assignment t*K + k it carries, N where the row is empty. ``row_TK`` names for
+each assignment its row, R where it has none (it was dropped). The two are inverse to each other, so no backward needs
+an atomic scatter-add: both directions are gathers in a fixed order, hence deterministic.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which assignments go to which slot of their expert: counting and queue positions, deterministic on every device.
 
-``bincount`` and ``histc`` are avoided (host synchronisation, non-determinism or no integer kernel on some back ends), and so
-is ``topk`` on 0/1 masks, whose order among ties is undefined.
+``bincount`` and ``histc`` are avoided (host synchronisation, non-determinism or no integer kernel on some back ends),
+and so is ``topk`` on 0/1 masks, whose order among ties is undefined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def count_by_choice(expert_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def queue_positions(expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Each assignment's position in its expert's queue, int64 [T, K]; all first choices stand before all second choices.
+    """Each assignment's position in its expert's queue, int64 [T, K]; all first choices stand before all second
+    choices.
 
     The value equals the cumulative sum over one-hot rows (``queue_positions_by_cumsum``); a stable sort finds it in
     O(N log N) instead of O(N E) memory traffic.
@@ -39,7 +40,9 @@ def queue_positions(expert_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def queue_positions_by_cumsum(expert_TK: Tensor, num_experts: int) -> Tensor:
-    """The plain reference: one-hot, permute to choice-major, cumulative sum, pick (GShard, Lepikhin et al. 2020, alg. 1)."""
+    """The plain reference: one-hot, permute to choice-major, cumulative sum, pick (GShard, Lepikhin et al. 2020,
+    alg. 1).
+    """
     one_hot_TKE = torch.nn.functional.one_hot(expert_TK, num_experts)
     num_tokens, top_k, _ = one_hot_TKE.shape
     choice_major_NE = one_hot_TKE.permute(1, 0, 2).reshape(top_k * num_tokens, num_experts)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Phase = Literal["rest", "route", "dispatch", "experts", "combine", "attention", "vocabulary"]
+Phase = Literal["rest", "route", "dispatch", "experts", "combine", "attention", "vocabulary", "update"]
 
 
 class Clock(Protocol):

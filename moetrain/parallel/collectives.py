@@ -14,7 +14,9 @@ class _AllToAll(torch.autograd.Function):
     """Rows to their ranks; in backward their gradients travel the same way back."""
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, send: list[int] | None, receive: list[int] | None, group: ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x_RD: Tensor, send: list[int] | None, receive: list[int] | None, group: ProcessGroup
+    ) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         return _exchange(x_RD, send, receive, group)
 
@@ -30,8 +32,11 @@ def _exchange(x_RD: Tensor, send: list[int] | None, receive: list[int] | None, g
     return out_RD
 
 
-def all_to_all_rows(x_RD: Tensor, send: list[int] | None, receive: list[int] | None, group: ProcessGroup | None) -> Tensor:
-    """Send row blocks ``send[r]`` of x_RD to rank r of the group, receive ``receive[r]`` rows from it; None = equal blocks.
+def all_to_all_rows(
+    x_RD: Tensor, send: list[int] | None, receive: list[int] | None, group: ProcessGroup | None
+) -> Tensor:
+    """Send row blocks ``send[r]`` of x_RD to rank r of the group, receive ``receive[r]`` rows from it; None = equal
+    blocks.
 
     Differentiable. Every rank of the group takes part in forward and in backward, also with zero rows.
     """
@@ -55,7 +60,7 @@ def gather_equal(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return x.detach().unsqueeze(0)
     out = x.new_empty(dist.get_world_size(group), *x.shape)
-    dist.all_gather_into_tensor(out.view(-1, *x.shape[1:]) if x.dim() else out, x.detach().contiguous(), group=group)
+    dist.all_gather(list(out.unbind(0)), x.detach().contiguous(), group=group)
     return out
 
 

@@ -1,7 +1,7 @@
 """Who is in which group: the one place that makes process groups and chooses the device.
 
-The whole world is data parallel. EP groups are consecutive ranks, so that experts of one group lie on one host where that
-is possible; expert-data-parallel groups, which hold replicas of the same experts, are strided::
+The whole world is data parallel. EP groups are consecutive ranks, so that experts of one group lie on one host where
+that is possible; expert-data-parallel groups, which hold replicas of the same experts, are strided::
 
     ranks 0..7, ep_size 4:   EP groups [0 1 2 3] [4 5 6 7]     expert-DP groups [0 4] [1 5] [2 6] [3 7]
 """

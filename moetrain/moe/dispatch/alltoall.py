@@ -20,7 +20,9 @@ from moetrain.types import Dispatched, Placement
 
 
 def expert_major(counts_Ge: Tensor, num_rows: int) -> Tensor:
-    """Received rows lie rank by rank, within a rank expert by expert; the order that groups them by expert, int64 [R]."""
+    """Received rows lie rank by rank, within a rank expert by expert; the order that groups them by expert, int64
+    [R].
+    """
     num_ranks, num_local = counts_Ge.shape
     segment_R = torch.arange(num_ranks * num_local, device=counts_Ge.device).repeat_interleave(
         counts_Ge.reshape(-1), output_size=num_rows
@@ -53,16 +55,16 @@ class AllToAllDispatcher(Dispatcher):
         arrival_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
         by_expert_RD = reorder(arrived_RD, order_R, arrival_R)
         ends_e = from_Ge.sum(0).cumsum(0).to(torch.int32)
-        return AllToAllDispatched(by_expert_RD, ends_e, None, placement.routing.weight_TK, rows, send, receive, arrival_R)
+        return AllToAllDispatched(
+            by_expert_RD, ends_e, None, placement.routing.weight_TK, rows, send, receive, arrival_R
+        )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, AllToAllDispatched)
         order_R = torch.empty_like(sent.arrival_R).scatter_(
             0, sent.arrival_R, torch.arange(sent.arrival_R.numel(), device=y_RD.device)
         )
-        home_RD = all_to_all_rows(
-            reorder(y_RD, sent.arrival_R, order_R), sent.receive, sent.send, self.mesh.ep_group
-        )
+        home_RD = all_to_all_rows(reorder(y_RD, sent.arrival_R, order_R), sent.receive, sent.send, self.mesh.ep_group)
         return tokens_of_rows(home_RD, sent.weight_TK, sent.rows)
 
 

@@ -1,7 +1,7 @@
 """The router that moetrain began with: linear logits, top-k, softmax over the chosen; noise in training only.
 
-Sources: Shazeer et al. 2017 (noisy top-k), Lepikhin et al. 2020 (GShard), Fedus et al. 2021 (Switch: one choice, weights
-from the softmax over all, jitter on the router's input).
+Sources: Shazeer et al. 2017 (noisy top-k), Lepikhin et al. 2020 (GShard), Fedus et al. 2021 (Switch: one choice,
+weights from the softmax over all, jitter on the router's input).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from moetrain.types import Problem, Routing
 class TopKRouter(nn.Module):
     """Logits ``x W^T`` in fp32; the k largest win, ties go to the lower expert id.
 
-    weights ``chosen``: softmax over the chosen logits (sums to 1); ``all``: probabilities of the softmax over all experts.
-    noise, in training only: ``jitter`` multiplies the router's own copy of x by U(1 - scale, 1 + scale); ``gaussian`` adds
-    scale * N(0, 1) to the logits; ``learned`` adds softplus(x W_noise^T) * N(0, 1).
+    weights ``chosen``: softmax over the chosen logits (sums to 1); ``all``: probabilities of the softmax over all
+    experts. noise, in training only: ``jitter`` multiplies the router's own copy of x by U(1 - scale, 1 + scale);
+    ``gaussian`` adds scale * N(0, 1) to the logits; ``learned`` adds softplus(x W_noise^T) * N(0, 1).
     """
 
     def __init__(

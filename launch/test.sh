@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install moetrain with its test extra into .venv and run the tests. Arguments are pytest's: launch/test.sh -k routing -x
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "$0")/environment.sh"
+
+install '.[test]'
+exec python -m pytest "$@"

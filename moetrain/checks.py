@@ -1,0 +1,123 @@
+"""From a plain mapping to a checked ``Config``, or to every problem in it at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+
+from moetrain.config import Config
+from moetrain.parts import parameters, part_problems, resolve
+from moetrain.problems import MISSING, field_problems, nearest, typed
+from moetrain.rules import rule_problems
+from moetrain.types import ConfigError, Problem
+
+CONTEXT = {"router": ("dim", "num_experts", "device"), "dispatch": ("num_experts", "mesh")}
+
+
+def parse(container: dict[str, Any], world_size: int | None) -> Config:
+    """The checked config of ``container``, plain sections of plain values. Raises ConfigError with all problems.
+
+    ``world_size``: the ranks that will run it; None: ``recipe.world``. ``debug.fake_world`` goes before either.
+    """
+    problems = problems_of(container, world_size)
+    if problems:
+        raise ConfigError(problems)
+    return TypeAdapter(Config).validate_json(json.dumps(_given(container)), strict=True)
+
+
+def problems_of(container: dict[str, Any], world_size: int | None, unsure: Collection[str] = ()) -> list[Problem]:
+    """Every problem of ``container``: fields by themselves first, then rules over those that are right by themselves.
+
+    Sections in ``unsure`` don't hold what the user meant, because choosing them was a mistake. What was typed for them
+    is still judged key by key, but no rule looks at them, nor is a part judged whose class is then unknown.
+    """
+    sections = get_type_hints(Config)
+    problems = _unknown_sections(container, sections)
+    values: dict[str, Any] = {}
+    for name in [name for name in sections if name not in CONTEXT]:
+        raw, kind = container.get(name, {}), sections[name]
+        found = field_problems(name, kind, raw)
+        values |= _right_values(name, _defaults(kind), raw, found)
+        problems += found
+    for name in [name for name in CONTEXT if name not in unsure]:
+        allow, num_experts = values.get("machine.allow_modules", []), values.get("experts.num_experts")
+        found = part_problems(name, container.get(name, {}), allow, num_experts, CONTEXT[name])
+        values |= _right_part(name, container.get(name, {}), allow, found)
+        problems += found
+    values = {field: value for field, value in values.items() if field.partition(".")[0] not in unsure}
+    world = _world(values.get("debug.fake_world"), world_size, values.get("recipe.world"))
+    return problems + _news(rule_problems(values | ({} if world is None else {"world": world})), problems)
+
+
+def world_of(config: Config, world_size: int | None) -> int:
+    """The number of ranks that ``config`` is checked and run for; see ``parse``."""
+    world = _world(config.debug.fake_world, world_size, config.recipe.world)
+    assert world is not None
+    return world
+
+
+def ep_size_of(config: Config, world_size: int) -> int:
+    """Ranks over which the experts of a layer are sharded: ``engine.ep_size``.
+
+    When that is null: the largest divisor of ``world_size`` that divides the number of experts.
+    """
+    return config.engine.ep_size or math.gcd(world_size, config.experts.num_experts)
+
+
+def _world(fake: int | None, world_size: int | None, recipe: int | None) -> int | None:
+    return fake or world_size or recipe
+
+
+def _unknown_sections(container: dict[str, Any], sections: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for name in [name for name in container if name not in sections]:
+        near = nearest(name, sections)
+        for field, value in _leaves(name, container[name]):
+            known = (
+                f"write {field.replace(name, near, 1)}={typed(value)}" if near else f"choose of {', '.join(sections)}"
+            )
+            problems.append(Problem(field, value, f"there is no section {name!r}", known))
+    return problems
+
+
+def _leaves(field: str, value: object) -> list[tuple[str, object]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, inner in value.items() for leaf in _leaves(f"{field}.{key}", inner)]
+    return [(field, value)]
+
+
+def _given(container: dict[str, Any]) -> dict[str, Any]:
+    """``container`` without the values that are missing (``???``), which fall to the schema's defaults."""
+    return {name: {k: v for k, v in section.items() if v != MISSING} for name, section in container.items()}
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    fields = schema.__pydantic_fields__.items()  # type: ignore[attr-defined]
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
+def _right_values(section: str, defaults: dict[str, Any], raw: object, problems: list[Problem]) -> dict[str, Any]:
+    """``section.key`` -> value, for the keys that no problem names."""
+    given = {key: value for key, value in raw.items() if value != MISSING} if isinstance(raw, dict) else {}
+    wrong = {problem.field.split(".")[1] for problem in problems if "." in problem.field}
+    merged = {} if problems and not isinstance(raw, dict) else defaults | given
+    return {f"{section}.{key}": value for key, value in merged.items() if key not in wrong}
+
+
+def _right_part(section: str, part: object, allow: list[str], problems: list[Problem]) -> dict[str, Any]:
+    if any(problem.field in (section, f"{section}._target_") for problem in problems):
+        return {}
+    if problems or not isinstance(part, dict):
+        return _right_values(section, {}, part, problems)
+    found = resolve(part["_target_"], allow)
+    return _right_values(section, parameters(found, part, CONTEXT[section]), part, problems)
+
+
+def _news(problems: list[Problem], known: list[Problem]) -> list[Problem]:
+    """Problems of fields that nothing has been said of yet."""
+    said = {problem.field for problem in known}
+    return [problem for problem in problems if problem.field not in said]

@@ -1,0 +1,45 @@
+"""Memory of every rank, measured."""
+
+from __future__ import annotations
+
+import resource
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.monitor.report import RankMemory
+from moetrain.parallel.collectives import gather_equal
+from moetrain.parallel.mesh import Mesh
+
+
+class HoldsState(Protocol):
+    """What is asked of an engine here."""
+
+    model: nn.Module
+
+    def state(self) -> dict[str, Tensor]: ...
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was in use at once: of the accelerator's memory, or of this process on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.accelerator.max_memory_allocated(device))
+
+
+def measure_memory(engine: HoldsState, mesh: Mesh) -> tuple[RankMemory, ...]:
+    """Of all ranks, in order of rank. Collective.
+
+    weights: of the model as it lies in memory (under ZeRO 3 this rank's share); masters kept beside rounded weights and
+    the optimiser's moments are ``optimizer``; gradients: one fp32 value for each value of ``weight.*`` in the state.
+    """
+    state = engine.state()
+    held = {name: t.numel() * t.element_size() for name, t in state.items()}
+    masters = sum(size for name, size in held.items() if name.startswith("weight."))
+    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters()) or masters
+    moments = sum(size for name, size in held.items() if name.startswith("optimizer."))
+    apart = masters if any(p.dtype != torch.float32 for p in engine.model.parameters()) else 0
+    row = torch.tensor([weights, masters, moments + apart, peak_bytes(mesh.device)], device=mesh.device)
+    rows = gather_equal(row, mesh.world_group).tolist()
+    return tuple(RankMemory(rank, *numbers) for rank, numbers in enumerate(rows))

@@ -1,0 +1,195 @@
+"""Rank 0's pen: every number of a run goes through here to metrics.jsonl, wandb, the live line and the closing report."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from moetrain.config import Config
+from moetrain.models.counts import size_report
+from moetrain.models.decoder import is_moe_layer
+from moetrain.monitor.balance import Balance, flatten, summarise
+from moetrain.monitor.jsonl import MetricsFile
+from moetrain.monitor.progress import Progress, Status
+from moetrain.monitor.report import (
+    ClosingReport,
+    LoadReport,
+    LossReport,
+    RankMemory,
+    closing_report,
+    write_report,
+)
+from moetrain.monitor.runfolder import RunFolder
+from moetrain.monitor.wandb import LayerLoad, WandbLogger, WandbSettings, is_picture_step
+from moetrain.monitor.window import WindowMeans
+from moetrain.parallel.mesh import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusFacts:
+    """What is said of the corpus in the closing report; entropies in nats per token."""
+
+    vocab_size: int
+    unigram_entropy: float
+    bigram_entropy: float
+    bytes_per_token: float
+
+
+class Recorder:
+    """Made on rank 0 only. ``start``: steps that earlier segments of the run have done."""
+
+    def __init__(self, config: Config, mesh: Mesh, corpus: CorpusFacts, folder: RunFolder, start: int) -> None:
+        self._config, self._mesh, self._corpus, self._folder = config, mesh, corpus, folder
+        self._layers = tuple(i for i in range(config.model.num_layers) if is_moe_layer(config.model, i))
+        self._flops_per_token = size_report(config, corpus.vocab_size).flops_per_token
+        self._tokens_per_step = config.train.global_batch * config.model.context
+        self._metrics = MetricsFile(folder.metrics, start, start * self._tokens_per_step)
+        self._progress = Progress(sys.stderr, config.monitor.log_every) if config.monitor.progress else None
+        self._wandb = self._open_wandb() if config.monitor.wandb != "off" else None
+        self._status = Status(start, config.train.steps)
+        self._started = perf_counter()
+        self._first, self._windows = start, 0
+        self._seconds = self._steady_seconds = 0.0
+        self._steps = self._steady_steps = 0
+        self._phases: dict[str, float] = {}
+        self._last: WindowMeans | None = None
+        self._validation: float | None = None
+
+    def tick(self, done: int, seconds: float) -> None:
+        """Step number ``done`` took ``seconds``."""
+        self._seconds += seconds
+        self._steps += 1
+        self._status = dataclasses.replace(self._status, step=done)
+        if self._progress is not None and done % self._config.monitor.log_every:
+            self._progress.update(self._status)
+
+    def window(self, done: int, means: WindowMeans, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
+        """The window that ends with step ``done``; phases: seconds since the last drain."""
+        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
+        row = {"train/loss": means.loss, "train/lm_loss": means.lm, "train/balance_loss": means.balance}
+        row |= {"train/z_loss": means.z, **numbers, "perf/tokens_per_second": tokens_per_second}
+        row |= {"perf/step_seconds": self._seconds / self._steps}
+        row |= {f"time/{name}_seconds": seconds / self._steps for name, seconds in phases.items()}
+        if (mfu := self._mfu(tokens_per_second)) is not None:
+            row["perf/mfu"] = mfu
+        balance = None if means.load is None else summarise(means.load, self._mesh.ep_size, self._layers)
+        self._write(done, row | ({} if balance is None else flatten(balance)))
+        if self._wandb is not None and means.load is not None and self._is_picture_step(done):
+            tokens = done * self._tokens_per_step
+            self._wandb.load(LayerLoad(done, tokens, means.load.assigned_LE.numpy(), self._layers))
+        self._show(done, means, tokens_per_second, balance)
+        self._end_window(means, phases)
+
+    def validation(self, done: int, means: WindowMeans) -> None:
+        """Mean validation losses after step ``done``."""
+        self._validation = means.lm
+        self._write(done, {"validation/lm_loss": means.lm, "validation/balance_loss": means.balance})
+        if self._progress is not None:
+            self._progress.say(f"step {done}: validation loss {means.lm:.3f}")
+
+    def close(self, sample: str | None, memory: tuple[RankMemory, ...], saved: Path | None) -> None:
+        """The closing report, to the terminal and to report.txt."""
+        if self._progress is not None:
+            self._progress.close()
+        self._metrics.close()
+        notes = self._close_wandb()
+        if self._last is None:
+            print(f"nothing to do: {self._folder.path} has done all {self._first} steps")
+            return
+        report = self._report(self._last, sample, memory, saved, notes)
+        Console().print(closing_report(report, shutil.get_terminal_size().columns))
+        write_report(report, self._folder.report)
+
+    def _write(self, done: int, row: Mapping[str, float]) -> None:
+        tokens = done * self._tokens_per_step
+        self._metrics.write(done, tokens, row)
+        if self._wandb is not None:
+            self._wandb.scalars(done, tokens, row)
+
+    def _show(self, done: int, means: WindowMeans, tokens_per_second: float, balance: Balance | None) -> None:
+        left = (self._config.train.steps - done) * self._tokens_per_step / tokens_per_second
+        self._status = Status(
+            done,
+            self._config.train.steps,
+            loss=means.lm,
+            tokens_per_second=tokens_per_second,
+            seconds_left=left,
+            drop_fraction=None if balance is None else balance.drop_fraction,
+            load_max=None if balance is None else balance.load_max,
+        )
+        if self._progress is not None:
+            self._progress.update(self._status)
+
+    def _end_window(self, means: WindowMeans, phases: Mapping[str, float]) -> None:
+        """Speed and phases are means over all windows but the first, which holds the warming up; unless it is alone."""
+        if self._windows == 1:
+            self._phases, self._steady_seconds, self._steady_steps = {}, 0.0, 0
+        self._windows += 1
+        for name, seconds in phases.items():
+            self._phases[name] = self._phases.get(name, 0.0) + seconds
+        self._steady_seconds += self._seconds
+        self._steady_steps += self._steps
+        self._seconds, self._steps, self._last = 0.0, 0, means
+
+    def _report(
+        self, last: WindowMeans, sample: str | None, memory: tuple[RankMemory, ...], saved: Path | None, notes: list[str]
+    ) -> ClosingReport:
+        corpus, num_steps = self._corpus, self._status.step - self._first
+        tokens_per_second = self._steady_steps * self._tokens_per_step / self._steady_seconds
+        load = None
+        if last.load is not None:
+            load = LoadReport(last.load, summarise(last.load, self._mesh.ep_size, self._layers))
+        return ClosingReport(
+            steps=num_steps,
+            tokens=num_steps * self._tokens_per_step,
+            seconds=perf_counter() - self._started,
+            tokens_per_second=tokens_per_second,
+            mfu=self._mfu(tokens_per_second),
+            loss=LossReport(
+                last.lm, self._validation, corpus.unigram_entropy, corpus.bigram_entropy, corpus.bytes_per_token
+            ),
+            phase_seconds={name: seconds / self._steady_steps for name, seconds in self._phases.items()},
+            memory=memory,
+            load=load,
+            sample=sample,
+            notes=tuple(notes),
+            folder=self._folder.path,
+            metrics=self._folder.metrics,
+            checkpoint=saved,
+        )
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        peak = self._config.machine.peak_tflops
+        if peak is None:
+            return None
+        return self._flops_per_token * tokens_per_second / (peak * 1e12 * self._mesh.world_size)
+
+    def _is_picture_step(self, done: int) -> bool:
+        return is_picture_step(done, self._config.train.steps, self._config.monitor.log_every)
+
+    def _open_wandb(self) -> WandbLogger:
+        monitor = self._config.monitor
+        assert monitor.wandb != "off"
+        return WandbLogger(
+            WandbSettings(
+                mode=monitor.wandb,
+                project=monitor.wandb_project,
+                group=monitor.wandb_group,
+                run_id=self._folder.id,
+                folder=self._folder.path,
+                config=dataclasses.asdict(self._config),
+            )
+        )
+
+    def _close_wandb(self) -> list[str]:
+        if self._wandb is None:
+            return []
+        outcome = self._wandb.close()
+        lines = [f"wandb: {outcome.sent} records sent, {outcome.lost} lost"]
+        return lines if outcome.failure is None else [*lines, f"wandb failed: {outcome.failure}"]

@@ -1,0 +1,93 @@
+"""Which implementation of a matrix product this process uses: chosen once, when a model is built, and handed down.
+
+On an accelerator torch's own kernels are right. On a CPU torch sends fp32 products to MKL, which gives some processors
+less than half of their speed; oneDNN, which torch ships too, gives it whole. Which is faster here is found by a short
+measurement; where oneDNN is not to be had, torch's own product is used, and ``Kernels.gemm_name`` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.grouped_mm import grouped_swiglu
+from moetrain.ops.loop_swiglu import loop_swiglu
+
+GemmName = Literal["torch", "onednn"]
+PROBE_SIZE, PROBE_ROUNDS, CLEAR_GAIN = 512, 5, 1.15
+Gemm = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """linear: [..., I] x [O, I] -> [..., O]. experts: (rows_RD, gate_up_eFD, down_eDF, ends_e, rows_per_expert) -> [R, D]."""
+
+    gemm_name: GemmName
+    linear: Callable[[Tensor, Tensor], Tensor]
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
+
+
+def make_kernels(device: torch.device, gemm_name: GemmName) -> Kernels:
+    """The kernels of a device. On a CPU experts are taken one by one, elsewhere by one grouped product."""
+    if device.type != "cpu":
+        return Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
+    if gemm_name == "torch":
+        gemm = torch.nn.functional.linear
+        return Kernels("torch", gemm, lambda *args: loop_swiglu(gemm, *args))
+    return Kernels("onednn", onednn_linear, lambda *args: loop_swiglu(onednn_gemm, *args))
+
+
+def fastest_gemm(device: torch.device) -> GemmName:
+    """``onednn`` if it is clearly faster in fp32 than torch's own product on this CPU; a measurement of some 20 ms."""
+    if device.type != "cpu" or not has_onednn():
+        return "torch"
+    x = torch.ones(PROBE_SIZE, PROBE_SIZE)
+    gain = _seconds(torch.nn.functional.linear, x) / _seconds(onednn_gemm, x)
+    return "onednn" if gain > CLEAR_GAIN else "torch"
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has the operator; it is not public, so it may go."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_gemm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """``a b^T`` in exact fp32; either may be a transposed view. Other dtypes go the common way, which is oneDNN already."""
+    if a_MK.dtype != torch.float32 or a_MK.numel() == 0 or b_NK.numel() == 0:
+        return torch.nn.functional.linear(a_MK, b_NK)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+    return out
+
+
+def onednn_linear(x_XI: Tensor, weight_OI: Tensor) -> Tensor:
+    """``linear`` with its backward, all three products by ``onednn_gemm``."""
+    out: Tensor = _Linear.apply(x_XI.reshape(-1, x_XI.shape[-1]), weight_OI)
+    return out.view(*x_XI.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_OI)
+        return onednn_gemm(x_RI, weight_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_RI, weight_OI = ctx.saved_tensors
+        grad_RO = grads[0].contiguous()
+        return onednn_gemm(grad_RO, weight_OI.t()), onednn_gemm(grad_RO.t(), x_RI.t())
+
+
+def _seconds(gemm: Gemm, x: Tensor) -> float:
+    """The best of some rounds."""
+    best = float("inf")
+    for _ in range(PROBE_ROUNDS):
+        start = perf_counter()
+        gemm(x, x)
+        best = min(best, perf_counter() - start)
+    return best

@@ -1,0 +1,135 @@
+"""What a run will need, before it needs it: sizes, memory, traffic, and a dry run of the whole world in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moetrain.checks import ep_size_of
+from moetrain.config import Config
+from moetrain.data import load_tokenizer
+from moetrain.models.counts import SizeReport, size_report, top_k_of
+from moetrain.models.decoder import Decoder, is_moe_layer
+from moetrain.parallel.mesh import close_mesh, mesh_of_world
+from moetrain.types import Batch
+
+GIB = 2**30
+PADDED = {"_target_": "moetrain.moe.dispatch.padded.PaddedDispatcher"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per rank of a world: parameters held, bytes of training state, bytes sent per step by the experts' all-to-all.
+
+    ``state_bytes`` are weights, gradients and optimiser state under the ZeRO stage; activations are not in it.
+    """
+
+    world_size: int
+    ep_size: int
+    accumulation: int
+    size: SizeReport
+    local_dense: int
+    local_experts: int
+    state_bytes: int
+    tokens_per_step: int
+    exchange_bytes: int
+
+
+def vocab_size_of(config: Config) -> int:
+    """``model.vocab_size``, or that of the tokenizer which the data section names."""
+    return config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Work it out from the configuration; nothing is built."""
+    ep_size = ep_size_of(config, world_size)
+    size = size_report(config, vocab_size_of(config))
+    dense, experts = size.total - size.routed, size.routed // ep_size
+    train, model = config.train, config.model
+    accumulation = train.global_batch // (world_size * train.micro_batch)
+    num_moe = sum(is_moe_layer(model, i) for i in range(model.num_layers))
+    tokens = train.micro_batch * accumulation * model.context
+    bytes_per_value = 4 if config.engine.dtype == "fp32" else 2
+    copies = tokens * top_k_of(config) * model.dim * bytes_per_value
+    exchange = 4 * num_moe * copies * (ep_size - 1) // ep_size
+    state = _state_bytes(dense, world_size, config) + _state_bytes(experts, world_size // ep_size, config)
+    return Plan(
+        world_size,
+        ep_size,
+        accumulation,
+        size,
+        dense,
+        experts,
+        state,
+        train.global_batch * model.context,
+        exchange,
+    )
+
+
+def _state_bytes(parameters: int, replicas: int, config: Config) -> int:
+    """Weights, gradients and optimiser state of ``parameters`` that ``replicas`` ranks hold alike, under ZeRO."""
+    stage, mixed = config.engine.zero_stage, config.engine.dtype != "fp32"
+    value = 2 if mixed else 4
+    moments = {"adamw": 8, "sgd": 0}[config.optim.name] + (4 if mixed else 0)
+    weights = value / (replicas if stage >= 3 else 1)
+    gradients = 4 / (replicas if stage >= 2 else 1)
+    optimiser = moments / (replicas if stage >= 1 else 1)
+    return int(parameters * (weights + gradients + optimiser))
+
+
+def dry_run(config: Config, world_size: int, rank: int = 0) -> int:
+    """Build rank ``rank`` of the world on the meta device with a fake process group; one forward and backward.
+
+    Nothing is computed and nothing is sent, so a router's choice is unknown: an even load through the padded dispatcher
+    stands in for it, which moves the same bytes. Returns the number of parameters of this rank.
+    """
+    even = replace(config.capacity, factor_train=1.0, factor_eval=1.0, scope="rank")
+    config = replace(config, dispatch=PADDED, capacity=even, engine=replace(config.engine, recompute=False))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        mesh = mesh_of_world(ep_size_of(config, world_size), torch.device("meta"))
+        model = Decoder(config, mesh, vocab_size_of(config))
+        shape = (config.train.micro_batch, config.model.context)
+        tokens_BS = torch.zeros(shape, dtype=torch.int64, device="meta")
+        model(Batch(tokens_BS, tokens_BS)).loss.backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not missing, f"no gradient for {missing}"
+        return sum(p.numel() for p in model.parameters())
+    finally:
+        close_mesh()
+
+
+def describe(plan: Plan) -> str:
+    """The plan as lines for a terminal."""
+    size = plan.size
+    return "\n".join(
+        [
+            f"parameters      {_short(size.total)} total, {_short(size.active)} active per token"
+            f" ({_short(size.active_without_embedding)} without the input embedding)",
+            f"FLOPs           {_short(size.flops_per_token)} per token, forward and backward",
+            f"layout          {plan.world_size} ranks: EP {plan.ep_size} x expert-DP {plan.world_size // plan.ep_size},"
+            f" accumulation {plan.accumulation}",
+            f"on each rank    {_short(plan.local_dense)} dense + {_short(plan.local_experts)} expert parameters,"
+            f" {plan.state_bytes / GIB:.2f} GiB of weights, gradients and optimiser state (activations come on top)",
+            f"per step        {_short(plan.tokens_per_step)} tokens; each rank sends about"
+            f" {plan.exchange_bytes / GIB:.3f} GiB in the experts' all-to-all (dropless, even load)",
+        ]
+    )
+
+
+def main_report(config: Config, world_size: int) -> str:
+    """Plan, then dry-run it: the text that ``moetrain plan`` prints."""
+    plan = make_plan(config, world_size)
+    held = dry_run(config, world_size)
+    assert held == plan.local_dense + plan.local_experts, (held, plan)
+    return f"{describe(plan)}\ndry run         rank 0 of {world_size} built on the meta device, forward and backward done"
+
+
+def _short(number: int) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return str(number)

@@ -1,0 +1,182 @@
+"""The rules that look at two keys or more, or at the machine: pure functions of values that are right by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.types import Problem
+
+LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
+PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
+TOKENIZERS = ("kjv", "byte")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``check`` gets the values of ``fields``, in that order, when all of them are known."""
+
+    fields: tuple[str, ...]
+    check: Callable[..., Problem | None]
+
+
+def rule_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What the rules say of ``values``: ``section.key`` -> value, and ``world``. A rule of unknown fields is silent."""
+    applicable = [rule for rule in RULES if all(field in values for field in rule.fields)]
+    found = [rule.check(*(values[field] for field in rule.fields)) for rule in applicable]
+    return [problem for problem in found if problem is not None]
+
+
+def top_k_of_experts(top_k: int, num_experts: int) -> Problem | None:
+    if top_k < 1:
+        return Problem("router.top_k", top_k, "a token needs at least one expert", "set router.top_k=1 or more")
+    if top_k > num_experts:
+        reason = f"a token can't choose {top_k} different experts of {num_experts}"
+        fix = f"set router.top_k={num_experts} or less, or experts.num_experts={top_k} or more"
+        return Problem("router.top_k", top_k, reason, fix)
+    return None
+
+
+def expert_parallel(ep_size: int | None, num_experts: int, world: int) -> Problem | None:
+    if ep_size is None or (world % ep_size == 0 and num_experts % ep_size == 0):
+        return None
+    undivided = [f"the {_ranks(world)} of this world"] if world % ep_size else []
+    undivided += [f"experts.num_experts = {num_experts}"] if num_experts % ep_size else []
+    common = math.gcd(world, num_experts)
+    works = [str(size) for size in range(1, common + 1) if common % size == 0]
+    fix = f"set engine.ep_size={' | '.join(works)}, or null for the largest of them"
+    return Problem("engine.ep_size", ep_size, f"doesn't divide {' nor '.join(undivided)}", fix)
+
+
+def whole_micro_batches(global_batch: int, micro_batch: int, world: int) -> Problem | None:
+    unit = world * micro_batch
+    if global_batch % unit == 0:
+        return None
+    below = global_batch // unit * unit
+    works = [str(batch) for batch in (below, below + unit) if batch]
+    reason = f"isn't a multiple of {unit}, train.micro_batch = {micro_batch} times the {_ranks(world)}"
+    return Problem("train.global_batch", global_batch, reason, f"set train.global_batch={' or '.join(works)}")
+
+
+def grouped_heads(num_heads: int, num_kv_heads: int) -> Problem | None:
+    if num_heads % num_kv_heads == 0:
+        return None
+    works = [str(heads) for heads in range(1, num_heads + 1) if num_heads % heads == 0]
+    reason = f"doesn't divide model.num_heads = {num_heads}"
+    return Problem("model.num_kv_heads", num_kv_heads, reason, f"set model.num_kv_heads={' | '.join(works)}")
+
+
+def even_head(head_dim: int) -> Problem | None:
+    if head_dim % 2 == 0:
+        return None
+    reason = "rotary positions turn pairs of channels, so it must be even"
+    return Problem("model.head_dim", head_dim, reason, f"set model.head_dim={head_dim + 1}")
+
+
+def some_moe_layer(first_dense: int, num_layers: int) -> Problem | None:
+    if first_dense < num_layers:
+        return None
+    reason = f"leaves no MoE layer among model.num_layers = {num_layers}"
+    return Problem("model.first_dense", first_dense, reason, f"set model.first_dense={num_layers - 1} or less")
+
+
+def warmup_within_run(warmup_steps: int, steps: int) -> Problem | None:
+    if warmup_steps <= steps:
+        return None
+    reason = f"is longer than the run, train.steps = {steps}"
+    return Problem("optim.warmup_steps", warmup_steps, reason, f"set optim.warmup_steps={steps} or less")
+
+
+def zero_needs_deepspeed(name: str, zero_stage: int) -> Problem | None:
+    if name != "local" or zero_stage == 0:
+        return None
+    reason = "engine.name = local is plain torch and shards nothing"
+    return Problem(
+        "engine.zero_stage",
+        zero_stage,
+        reason,
+        "set engine.zero_stage=0 (engine=local does both), or choose engine=deepspeed",
+    )
+
+
+def padded_needs_capacity(
+    target: str, factor_train: float | None, factor_eval: float | None, scope: str
+) -> Problem | None:
+    if target != PADDED:
+        return None
+    for key, factor in (("factor_train", factor_train), ("factor_eval", factor_eval)):
+        if factor is None:
+            reason = "the padded dispatcher sends a fixed number of slots and can't be dropless"
+            return Problem(f"capacity.{key}", factor, reason, "choose dispatch=alltoall, or capacity=seed")
+    if scope != "rank":
+        reason = "the padded dispatcher sends each rank's own slots, so capacity counts per rank"
+        return Problem("capacity.scope", scope, reason, "set capacity.scope=rank, or choose dispatch=alltoall")
+    return None
+
+
+def local_needs_all_experts(target: str, ep_size: int | None, num_experts: int, world: int) -> Problem | None:
+    if target != LOCAL or (ep_size or math.gcd(world, num_experts)) == 1:
+        return None
+    reason = "the local dispatcher sends nothing, so every rank must hold all experts"
+    if ep_size is None:
+        reason += f"; null means {math.gcd(world, num_experts)} at {_ranks(world)}"
+    return Problem("engine.ep_size", ep_size, reason, "set engine.ep_size=1, or choose dispatch=alltoall")
+
+
+def device_present(device: str) -> Problem | None:
+    if device != "cuda" or torch.cuda.is_available():
+        return None
+    return Problem("machine.device", device, "torch sees no CUDA device here", "set machine.device=auto or cpu")
+
+
+def data_at_path(source: str, path: str | None) -> Problem | None:
+    if source == "kjv":
+        if path is None:
+            return None
+        reason = "data.source = kjv ships with moetrain and reads no path"
+        return Problem(
+            "data.path", path, reason, "choose data=text | jsonl | parquet | hub | bins, or leave data.path out"
+        )
+    if path is None:
+        what = "the name of a data set" if source == "hub" else "a file or a folder"
+        reason = f"data.source = {source} needs {what}"
+        return Problem("data.path", path, reason, f"set data.path={'owner/name' if source == 'hub' else '/path/to/it'}")
+    if source != "hub" and not Path(path).expanduser().exists():
+        reason = f"nothing exists at {Path(path).expanduser().absolute()}"
+        return Problem("data.path", path, reason, "correct data.path; a relative one starts at the working folder")
+    return None
+
+
+def tokenizer_found(tokenizer: str) -> Problem | None:
+    if tokenizer in TOKENIZERS or Path(tokenizer).expanduser().is_file():
+        return None
+    fix = f"set data.tokenizer={' | '.join(TOKENIZERS)}, or the path of a tokenizer.json"
+    return Problem("data.tokenizer", tokenizer, "is no tokenizer that ships, and no file is there", fix)
+
+
+def _ranks(world: int) -> str:
+    return "1 rank" if world == 1 else f"{world} ranks"
+
+
+RULES = (
+    Rule(("router.top_k", "experts.num_experts"), top_k_of_experts),
+    Rule(("engine.ep_size", "experts.num_experts", "world"), expert_parallel),
+    Rule(("train.global_batch", "train.micro_batch", "world"), whole_micro_batches),
+    Rule(("model.num_heads", "model.num_kv_heads"), grouped_heads),
+    Rule(("model.head_dim",), even_head),
+    Rule(("model.first_dense", "model.num_layers"), some_moe_layer),
+    Rule(("optim.warmup_steps", "train.steps"), warmup_within_run),
+    Rule(("engine.name", "engine.zero_stage"), zero_needs_deepspeed),
+    Rule(
+        ("dispatch._target_", "capacity.factor_train", "capacity.factor_eval", "capacity.scope"), padded_needs_capacity
+    ),
+    Rule(("dispatch._target_", "engine.ep_size", "experts.num_experts", "world"), local_needs_all_experts),
+    Rule(("machine.device",), device_present),
+    Rule(("data.source", "data.path"), data_at_path),
+    Rule(("data.tokenizer",), tokenizer_found),
+)

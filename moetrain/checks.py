@@ -15,7 +15,7 @@ from moetrain.problems import MISSING, field_problems, nearest, typed
 from moetrain.rules import rule_problems
 from moetrain.types import ConfigError, Problem
 
-CONTEXT = {"router": ("dim", "num_experts", "device"), "dispatch": ("num_experts", "mesh")}
+CONTEXT = {"router": ("dim", "num_experts", "device"), "dispatch": ("num_experts", "mesh", "timeline")}
 
 
 def parse(container: dict[str, Any], world_size: int | None) -> Config:

@@ -27,6 +27,7 @@ usage: moetrain COMMAND [key=value | group=option ...] [--config-dir DIR]
   check          say what is wrong with a configuration, or print it resolved, with what follows from it
   plan           sizes, memory and traffic of a configuration, and a dry run of its world in one process
   data prepare   tokenise the corpus of a configuration into flat bins
+  bench step     time a training step against Hugging Face's Mixtral; start it with torchrun
   recipes        the recipes that can be chosen with recipe=NAME
 
 moetrain COMMAND --help says more. For example:
@@ -71,6 +72,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _plan(rest)
     if command == "data":
         return _data(rest)
+    if command == "bench":
+        return _bench(rest)
     if command == "recipes":
         return _recipes(rest)
     if command in ("--help", "-h"):
@@ -144,6 +147,23 @@ def _data(arguments: list[str]) -> int:
     corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
     print(f"{corpus.folder}: {corpus.num_train_tokens:,} training tokens of {corpus.num_documents:,} documents")
     print(f"entropy in nats per token: unigram {corpus.unigram_entropy:.3f}, bigram {corpus.bigram_entropy:.3f}")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    action, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if action in ("--help", "-h"):
+        action, rest = "step", ["--help"]
+    if action != "step":
+        fix = "torchrun --nproc-per-node 2 -m moetrain bench step recipe=quickstart"
+        raise ConfigError([Problem("command", f"bench {action}", "moetrain bench has no such benchmark", fix)])
+    description = "Time a training step against Hugging Face's Mixtral, interleaved. Start it with torchrun."
+    parsed = _Parser("bench step", description).parse_intermixed_args(rest)
+    config = compose(parsed.overrides, _environment_world() or 1, parsed.config_dir)
+    from moetrain.bench.step import step_bench
+
+    if (text := step_bench(config)) is not None:
+        print(text)
     return 0
 
 

@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.checks import ep_size_of
 from moetrain.config import Config
-from moetrain.data import load_tokenizer
+from moetrain.data import load_tokenizer, prepare
 from moetrain.models.counts import SizeReport, size_report, top_k_of
 from moetrain.models.decoder import Decoder, is_moe_layer
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
@@ -39,8 +39,12 @@ class Plan:
 
 
 def vocab_size_of(config: Config) -> int:
-    """``model.vocab_size``, or that of the tokenizer which the data section names."""
-    return config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    """``model.vocab_size``, or that of the tokenizer which the data section names (prepared bins bring their own)."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    if config.data.source == "bins":
+        return prepare(config.data, context=config.model.context).vocab_size
+    return load_tokenizer(config.data.tokenizer).vocab_size
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -125,7 +129,9 @@ def main_report(config: Config, world_size: int) -> str:
     plan = make_plan(config, world_size)
     held = dry_run(config, world_size)
     assert held == plan.local_dense + plan.local_experts, (held, plan)
-    return f"{describe(plan)}\ndry run         rank 0 of {world_size} built on the meta device, forward and backward done"
+    return (
+        f"{describe(plan)}\ndry run         rank 0 of {world_size} built on the meta device, forward and backward done"
+    )
 
 
 def _short(number: int) -> str:

@@ -121,7 +121,9 @@ class Trainer:
         if newest is None:
             if resume == "must":
                 reason = f"{self.folder.checkpoints} holds no whole checkpoint"
-                raise ConfigError([Problem("run.resume", "must", reason, "name another run.id, or set run.resume=auto")])
+                raise ConfigError(
+                    [Problem("run.resume", "must", reason, "name another run.id, or set run.resume=auto")]
+                )
             return 0
         found = checkpoint.load(newest, self.mesh)
         if found.extra["corpus"] != self.corpus.fingerprint:

@@ -22,8 +22,8 @@ from torch import Tensor
 class Batch:
     """One micro-batch of this rank.
 
-    tokens_BS, targets_BS: int64, targets already shifted by one. ``document_BS``: int64, equal inside one document; None
-    where attention may cross document borders.
+    tokens_BS, targets_BS: int64, targets already shifted by one. ``document_BS``: int64, equal inside one document;
+    None where attention may cross document borders.
     """
 
     tokens_BS: Tensor
@@ -55,8 +55,9 @@ class Routing:
 class Placement:
     """A routing after capacity: which assignments were kept, and the slot of each in its expert.
 
-    kept_TK: bool. slot_TK: int64, the position in the expert's queue (under ``rank`` scope of this rank, under ``global``
-    scope of the whole micro-step), also for what was dropped. capacity: slots per expert, None when nothing is dropped.
+    kept_TK: bool. slot_TK: int64, the position in the expert's queue (under ``rank`` scope of this rank, under
+    ``global`` scope of the whole micro-step), also for what was dropped. capacity: slots per expert, None when nothing
+    is dropped.
     """
 
     routing: Routing

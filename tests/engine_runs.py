@@ -42,10 +42,11 @@ class Case:
 
 @dataclass
 class Run:
-    """Mean losses over the world, reported norms, and this rank's weights at the end."""
+    """Mean losses over the world, reported norms, numbers of eval mode (a loss, a logit), and this rank's weights."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    evals: list[tuple[float, float]] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -69,6 +70,8 @@ def train(engine: Engine, mesh: Mesh, accumulation: int, steps: range, run: Run)
             dist.all_reduce(loss)
         run.losses.append(float(loss) / mesh.world_size)
         run.norms.append(engine.step(0.1 * (step + 1)))
+        tokens = batch_of(sequences(99, 2))  # the same on every rank
+        run.evals.append((float(engine.evaluate(tokens).lm), float(engine.logits(tokens.tokens_BS)[-1, -1, 0])))
         for layer in engine.model.moe_layers():
             layer.router.bias_E.add_(0.01 * torch.arange(8.0))
     return run

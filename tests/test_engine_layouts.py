@@ -74,6 +74,12 @@ def test_losses_are_those_of_one_process(results: Results, case: Case) -> None:
 
 
 @named(EXACT)
+def test_evaluation_and_logits_between_steps_are_those_of_one_process(results: Results, case: Case) -> None:
+    for run in results.runs[case]:
+        np.testing.assert_allclose(run.evals, reference(case).evals, rtol=1e-4)
+
+
+@named(EXACT)
 def test_trap02_expert_gradient_not_scaled_by_ep(results: Results, case: Case) -> None:
     for name, wanted in reference(case).weights.items():
         if is_expert(name):

@@ -143,7 +143,9 @@ def compare(layout: Layout, by_rank: list[dict[str, Any]], reference: dict[str, 
 
 @pytest.mark.parametrize(("world", "layouts"), [(4, WORLD_4), (2, WORLD_2)])
 def test_every_layout_equals_one_process(world: int, layouts: list[Layout]) -> None:
-    """Also TRAPS 2 and T6 (expert gradients times EP), 3 and T7 (clip norm), 4 (load), 15 and T2 (aux and accumulation)."""
+    """Also TRAPS 2 and T6 (expert gradients times EP), 3 and T7 (clip norm), 4 (load), 15 and T2 (aux and
+    accumulation).
+    """
     by_rank = run_ranks(world, train_all, layouts, timeout=280)
     references: dict[float | None, dict[str, Any]] = {}
     for number, layout in enumerate(layouts):

@@ -129,15 +129,20 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(DIM, bias=False)
 
     def forward(self, batch: Batch) -> ModelOutput:
-        x_TD, terms = self.embedding(batch.tokens_BS).flatten(0, 1), []
+        logits_TV, losses = self._through(batch.tokens_BS)
+        lm = nn.functional.cross_entropy(logits_TV, batch.targets_BS.flatten())
+        loss = self.lm_coef * lm + 0.5 * losses.balance + 0.1 * losses.z
+        return ModelOutput(self.fault * loss, lm, losses)
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        return self._through(tokens_BS)[0].view(*tokens_BS.shape, VOCAB)
+
+    def _through(self, tokens_BS: Tensor) -> tuple[Tensor, LossTerms]:
+        x_TD, terms = self.embedding(tokens_BS).flatten(0, 1), []
         for layer in self.moe:
             out = layer(x_TD)
             x_TD, terms = x_TD + out.hidden_TD, [*terms, out.losses]
-        logits_TV = nn.functional.linear(self.norm(x_TD), self.embedding.weight)
-        lm = nn.functional.cross_entropy(logits_TV.float(), batch.targets_BS.flatten())
-        losses = LossTerms.mean(terms)
-        loss = self.lm_coef * lm + 0.5 * losses.balance + 0.1 * losses.z
-        return ModelOutput(self.fault * loss, lm, losses)
+        return nn.functional.linear(self.norm(x_TD), self.embedding.weight).float(), LossTerms.mean(terms)
 
     def moe_layers(self) -> list[ToyMoE]:
         return [layer for layer in self.modules() if isinstance(layer, ToyMoE)]

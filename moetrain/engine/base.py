@@ -35,6 +35,9 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> ModelOutput:
         """Forward in eval mode, without gradients."""
 
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """``model.logits`` in eval mode, without gradients: under ZeRO 3 the model itself has no weights to do it with."""
+
     def state(self) -> dict[str, Tensor]:
         """This rank's fp32 weights, optimiser state and persistent buffers: live tensors, valid until the next step."""
 

@@ -96,6 +96,13 @@ class _Engine:
         self._deepspeed.train()
         return detached(output)
 
+    @torch.no_grad()
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        self._deepspeed.eval()
+        logits_BSV: Tensor = self._deepspeed(tokens_BS)
+        self._deepspeed.train()
+        return logits_BSV
+
 
 class ReplicatedEngine(_Engine):
     """ZeRO 0. DeepSpeed averages the gradients; clipping and masters are ours.
@@ -164,14 +171,21 @@ class ZeroEngine(_Engine):
 
 
 class _Open(nn.Module):
-    """DeepSpeed hooks onto the tensors that the outermost forward returns, and looks into tuples only."""
+    """DeepSpeed hooks onto the tensors that the outermost forward returns, and looks into tuples only.
+
+    Whatever is asked of the model is asked through here, where ZeRO 3 sees to weights that a module borrows from another
+    (tied embeddings).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[Tensor, ModelOutput]:
-        output = self.model(batch)
+    def forward(self, asked: Batch | Tensor) -> Any:
+        """A batch -> (its loss, its output); tokens_BS -> their logits."""
+        if isinstance(asked, Tensor):
+            return self.model.logits(asked)
+        output = self.model(asked)
         return output.loss, output
 
 

@@ -77,6 +77,13 @@ class LocalEngine:
         self.model.train()
         return detached(output)
 
+    @torch.no_grad()
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        self.model.eval()
+        logits_BSV: Tensor = self.model.logits(tokens_BS)
+        self.model.train()
+        return logits_BSV
+
     def state(self) -> dict[str, Tensor]:
         return pack(self._flat.masters, self._optimizer, persistent_buffers(self.model))
 

@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
         self.timeline = timeline
         self.router = build(config.router, allow, dim=dim, num_experts=num_experts, device=mesh.device)
         self.capacity = Capacity(config.capacity, num_experts, mesh)
-        self.dispatcher = build(config.dispatch, allow, num_experts=num_experts, mesh=mesh)
+        self.dispatcher = build(config.dispatch, allow, num_experts=num_experts, mesh=mesh, timeline=timeline)
         self.experts = Experts(dim, expert_dim, num_local, mesh.ep_rank * num_local, mesh.device, kernels)
         num_shared = config.experts.num_shared
         self.shared = FeedForward(dim, num_shared * expert_dim, mesh.device, kernels) if num_shared else None

@@ -1,4 +1,6 @@
-"""Rank 0's pen: every number of a run goes through here to metrics.jsonl, wandb, the live line and the closing report."""
+"""Rank 0's pen: every number of a run goes through here to metrics.jsonl, wandb, the live line and the closing
+report.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,12 @@ class Recorder:
         self._seconds, self._steps, self._last = 0.0, 0, means
 
     def _report(
-        self, last: WindowMeans, sample: str | None, memory: tuple[RankMemory, ...], saved: Path | None, notes: list[str]
+        self,
+        last: WindowMeans,
+        sample: str | None,
+        memory: tuple[RankMemory, ...],
+        saved: Path | None,
+        notes: list[str],
     ) -> ClosingReport:
         corpus, num_steps = self._corpus, self._status.step - self._first
         tokens_per_second = self._steady_steps * self._tokens_per_step / self._steady_seconds

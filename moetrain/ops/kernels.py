@@ -25,7 +25,9 @@ Gemm = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """linear: [..., I] x [O, I] -> [..., O]. experts: (rows_RD, gate_up_eFD, down_eDF, ends_e, rows_per_expert) -> [R, D]."""
+    """linear: [..., I] x [O, I] -> [..., O]. experts: (rows_RD, gate_up_eFD, down_eDF, ends_e, rows_per_expert) ->
+    [R, D].
+    """
 
     gemm_name: GemmName
     linear: Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +59,9 @@ def has_onednn() -> bool:
 
 
 def onednn_gemm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """``a b^T`` in exact fp32; either may be a transposed view. Other dtypes go the common way, which is oneDNN already."""
+    """``a b^T`` in exact fp32; either may be a transposed view. Other dtypes go the common way, which is oneDNN
+    already.
+    """
     if a_MK.dtype != torch.float32 or a_MK.numel() == 0 or b_NK.numel() == 0:
         return torch.nn.functional.linear(a_MK, b_NK)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Phase = Literal["rest", "route", "dispatch", "experts", "combine", "attention", "vocabulary", "update"]
+Phase = Literal["rest", "route", "dispatch", "exchange", "experts", "combine", "attention", "vocabulary", "update"]
 
 
 class Clock(Protocol):
@@ -93,8 +93,7 @@ class Timeline:
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         """The clock is chosen by ``device``. Disabled: no marks, no autograd nodes, ``drain`` gives an empty dict."""
-        clock: Clock = HostClock() if device.type == "cpu" else DeviceClock(device)
-        self._clock = clock if enabled else None
+        self._clock = _clock_of(device) if enabled else None
 
     def mark(self, phase: Phase) -> None:
         """From now on time belongs to ``phase``."""
@@ -117,3 +116,7 @@ class Timeline:
     def drain(self) -> dict[str, float]:
         """Seconds per phase since the last drain (or since construction); waits for the device if there is one."""
         return {} if self._clock is None else self._clock.drain()
+
+
+def _clock_of(device: torch.device) -> Clock:
+    return HostClock() if device.type == "cpu" else DeviceClock(device)

@@ -15,7 +15,7 @@ from moetrain.moe.dispatch.base import Dispatcher
 from moetrain.moe.dispatch.local import rows_by_expert
 from moetrain.ops.permute import RowMap, rows_of_tokens, tokens_of_rows
 from moetrain.ops.slots import count_experts
-from moetrain.parallel.collectives import all_to_all_rows, exchange_counts
+from moetrain.parallel.collectives import exchange_counts
 from moetrain.types import Dispatched, Placement
 
 
@@ -50,7 +50,7 @@ class AllToAllDispatcher(Dispatcher):
         from_Ge = exchange_counts(to_Ge, self.mesh.ep_group)
         send, receive = torch.stack([to_Ge.sum(1), from_Ge.sum(1)]).tolist()
         rows = rows_by_expert(placement, self.num_experts, sum(send))
-        arrived_RD = all_to_all_rows(rows_of_tokens(x_TD, rows), send, receive, self.mesh.ep_group)
+        arrived_RD = self.exchange(rows_of_tokens(x_TD, rows), send, receive, "dispatch")
         order_R = expert_major(from_Ge, sum(receive))
         arrival_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
         by_expert_RD = reorder(arrived_RD, order_R, arrival_R)
@@ -64,7 +64,8 @@ class AllToAllDispatcher(Dispatcher):
         order_R = torch.empty_like(sent.arrival_R).scatter_(
             0, sent.arrival_R, torch.arange(sent.arrival_R.numel(), device=y_RD.device)
         )
-        home_RD = all_to_all_rows(reorder(y_RD, sent.arrival_R, order_R), sent.receive, sent.send, self.mesh.ep_group)
+        by_rank_RD = reorder(y_RD, sent.arrival_R, order_R)
+        home_RD = self.exchange(by_rank_RD, sent.receive, sent.send, "combine")
         return tokens_of_rows(home_RD, sent.weight_TK, sent.rows)
 
 

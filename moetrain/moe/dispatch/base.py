@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from moetrain.ops.timeline import Phase, Timeline
+from moetrain.parallel.collectives import all_to_all_rows
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import Dispatched, Placement
 
@@ -13,10 +15,10 @@ from moetrain.types import Dispatched, Placement
 class Dispatcher(nn.Module, ABC):
     """Experts are contiguous: rank g of an EP group holds experts g*e ... (g+1)*e - 1."""
 
-    def __init__(self, *, num_experts: int, mesh: Mesh) -> None:
+    def __init__(self, *, num_experts: int, mesh: Mesh, timeline: Timeline) -> None:
         super().__init__()
         assert num_experts % mesh.ep_size == 0, (num_experts, mesh.ep_size)
-        self.num_experts, self.mesh = num_experts, mesh
+        self.num_experts, self.mesh, self.timeline = num_experts, mesh, timeline
         self.num_local = num_experts // mesh.ep_size
 
     @abstractmethod
@@ -26,3 +28,9 @@ class Dispatcher(nn.Module, ABC):
     @abstractmethod
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         """The experts' rows, in the order they came -> weighted sums [T, D] on the tokens' own rank."""
+
+    def exchange(self, x_RD: Tensor, send: list[int] | None, receive: list[int] | None, phase: Phase) -> Tensor:
+        """The all-to-all of rows over the EP group, its time told apart from ``phase``, which it interrupts."""
+        x_RD = self.timeline.through(x_RD, phase, "exchange")
+        x_RD = all_to_all_rows(x_RD, send, receive, self.mesh.ep_group)
+        return self.timeline.through(x_RD, "exchange", phase)

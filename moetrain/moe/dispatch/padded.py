@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moetrain.moe.dispatch.base import Dispatcher
 from moetrain.ops.permute import RowMap, rows_of_tokens, tokens_of_rows
-from moetrain.parallel.collectives import all_to_all_rows
 from moetrain.types import Dispatched, Placement
 
 
@@ -29,7 +28,7 @@ class PaddedDispatcher(Dispatcher):
         capacity = placement.capacity
         assert capacity is not None, "config.py lets no dropless run reach the padded dispatcher"
         rows = self._slots(placement, capacity)
-        arrived_RD = all_to_all_rows(rows_of_tokens(x_TD, rows), None, None, self.mesh.ep_group)
+        arrived_RD = self.exchange(rows_of_tokens(x_TD, rows), None, None, "dispatch")
         by_expert_RD = self._swap(arrived_RD, self.mesh.ep_size, self.num_local, capacity)
         per_expert = self.mesh.ep_size * capacity
         ends_e = torch.arange(1, self.num_local + 1, dtype=torch.int32, device=x_TD.device) * per_expert
@@ -38,7 +37,7 @@ class PaddedDispatcher(Dispatcher):
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, PaddedDispatched)
         by_rank_RD = self._swap(y_RD, self.num_local, self.mesh.ep_size, sent.capacity)
-        home_RD = all_to_all_rows(by_rank_RD, None, None, self.mesh.ep_group)
+        home_RD = self.exchange(by_rank_RD, None, None, "combine")
         return tokens_of_rows(home_RD, sent.weight_TK, sent.rows)
 
     def _slots(self, placement: Placement, capacity: int) -> RowMap:

@@ -1,0 +1,139 @@
+"""A whole training step, ours against Hugging Face's Mixtral: same shapes, same tokens, same ranks, interleaved."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter, process_time
+
+import torch
+
+from moetrain.bench.hf import HuggingFaceStep
+from moetrain.checks import ep_size_of
+from moetrain.config import Config
+from moetrain.data import Loader, prepare
+from moetrain.engine import make_engine
+from moetrain.models.decoder import Decoder
+from moetrain.ops.kernels import fastest_gemm, make_kernels
+from moetrain.ops.timeline import Timeline
+from moetrain.parallel.collectives import barrier, broadcast_text
+from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
+from moetrain.types import Batch
+
+ROUNDS, WARMUP = 7, 2
+GEMM_PHASES = ("attention", "experts", "vocabulary", "exchange")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step of one contestant on this rank: seconds of wall clock (all ranks together) and of CPU (this rank)."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Samples by contestant, seconds of our phases per step, and what both were fed."""
+
+    ours: list[Sample]
+    peer: list[Sample]
+    phases: dict[str, float]
+    tokens: int
+    gemm: str
+
+
+def step_bench(config: Config) -> str | None:
+    """Time ``ROUNDS`` interleaved steps of each on the world of the environment; the report on rank 0, None
+    elsewhere.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
+    vocab_size = config.model.vocab_size or corpus.vocab_size
+    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
+    try:
+        accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
+        loader = Loader(
+            corpus=corpus,
+            context=config.model.context,
+            micro_batch=config.train.micro_batch,
+            accumulation=accumulation,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            seed=config.run.seed,
+            mask_documents=False,
+        )
+        batches = [loader.train(0, micro) for micro in range(accumulation)]
+        report = _race(config, mesh, vocab_size, batches)
+        return _text(report, mesh) if mesh.is_main else None
+    finally:
+        close_mesh()
+
+
+def _race(config: Config, mesh: Mesh, vocab_size: int, batches: list[Batch]) -> StepReport:
+    gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
+    timeline = Timeline(mesh.device)
+    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
+    model = Decoder(config, mesh, vocab_size, timeline, kernels)
+    engine = make_engine(config, model, mesh, len(batches))
+    peer = HuggingFaceStep(config, vocab_size, mesh.device)
+
+    def our_step() -> None:
+        timeline.mark("rest")
+        for batch in batches:
+            engine.forward_backward(batch)
+            model.commit_load()
+        timeline.mark("update")
+        engine.step(config.optim.lr)
+        model.take_load()
+        timeline.mark("rest")
+
+    ours: list[Sample] = []
+    theirs: list[Sample] = []
+    phases: dict[str, float] = {}
+    for number in range(WARMUP + ROUNDS):
+        timeline.drain()
+        mine = _timed(our_step, mesh)
+        found = timeline.drain()
+        other = _timed(lambda: peer.step(batches), mesh)
+        if number >= WARMUP:
+            ours.append(mine)
+            theirs.append(other)
+            phases = {name: phases.get(name, 0.0) + seconds / ROUNDS for name, seconds in found.items()}
+    tokens = sum(batch.tokens_BS.numel() for batch in batches) * mesh.world_size
+    return StepReport(ours, theirs, phases, tokens, gemm)
+
+
+def _timed(step: Callable[[], object], mesh: Mesh) -> Sample:
+    barrier(mesh.world_group)
+    wall, cpu = perf_counter(), process_time()
+    step()
+    if mesh.device.type != "cpu":
+        torch.accelerator.synchronize()
+    cpu = process_time() - cpu
+    barrier(mesh.world_group)
+    return Sample(perf_counter() - wall, cpu)
+
+
+def _text(report: StepReport, mesh: Mesh) -> str:
+    total = sum(report.phases.values())
+    outside = 1 - sum(report.phases.get(name, 0.0) for name in GEMM_PHASES) / total
+    shares = ", ".join(f"{n} {s / total:.1%}" for n, s in sorted(report.phases.items(), key=lambda item: -item[1]))
+    rows = [
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {mesh.world_size} ranks x"
+        f" {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__},"
+        f" products by {report.gemm}; {report.tokens} tokens a step, {len(report.ours)} interleaved rounds"
+    ]
+    for name, kind in (("wall", "wall"), ("CPU of rank 0", "cpu")):
+        ours, peer = ([1e3 * getattr(sample, kind) for sample in side] for side in (report.ours, report.peer))
+        mine, other = statistics.median(ours), statistics.median(peer)
+        rows.append(
+            f"{name:14} ours median {mine:.0f} ms (min {min(ours):.0f}), HF median {other:.0f} ms (min {min(peer):.0f}):"
+            f" ours is {other / mine:.2f}x as fast (min {min(peer) / min(ours):.2f}x)"
+        )
+    rows.append(f"our step: {shares}")
+    rows.append(f"outside of attention, expert and vocabulary products and their all-to-all: {outside:.1%}")
+    return "\n".join(rows)

@@ -1,0 +1,57 @@
+"""Every shipped recipe: composed, counted against what was published, and dry-run at its real world size."""
+
+from __future__ import annotations
+
+import pytest
+
+from moetrain.checks import ep_size_of
+from moetrain.compose import RECIPE, compose, options
+from moetrain.models.counts import size_report
+from moetrain.plan import describe, dry_run, main_report, make_plan, vocab_size_of
+
+RECIPES = options(RECIPE)
+
+
+def test_the_recipes_that_are_promised_are_there() -> None:
+    promised = {"quickstart", "nano_moe", "olmoe_1b_7b", "mixtral_8x7b", "mixtral_8x22b", "qwen3_30b_a3b"}
+    assert promised | {"granite_1b_a400m"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_counts_lie_within_one_percent_of_the_published(name: str) -> None:
+    config = compose([f"recipe={name}"])
+    report = size_report(config, vocab_size_of(config))
+    for counted, published in (
+        (report.total, config.recipe.published_total),
+        (report.active, config.recipe.published_active),
+    ):
+        if published is not None:
+            assert counted == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run_at_the_real_world_size(name: str) -> None:
+    """The last rank, so that a rank-dependent mistake shows; what it holds is what the plan says."""
+    config = compose([f"recipe={name}"])
+    plan = make_plan(config, config.recipe.world)
+    assert dry_run(config, config.recipe.world, config.recipe.world - 1) == plan.local_dense + plan.local_experts
+
+
+def test_the_report_names_what_a_user_asks_for() -> None:
+    config = compose(["recipe=olmoe_1b_7b"])
+    text = main_report(config, config.recipe.world)
+    for word in ("6.92 B total", "1.28 B active", "256 ranks: EP 8 x expert-DP 32", "dry run"):
+        assert word in text
+
+
+def test_plan_by_hand() -> None:
+    """quickstart's shape at EP 2: the all-to-all moves each chosen token there and back, in forward and in backward."""
+    config = compose(["recipe=quickstart", "engine.dtype=fp32", "engine.zero_stage=0"])
+    plan = make_plan(config, 2)
+    model = config.model
+    tokens = config.train.global_batch // 2 * model.context
+    assert ep_size_of(config, 2) == 2
+    assert plan.exchange_bytes == 4 * model.num_layers * tokens * 2 * model.dim * 4 // 2
+    assert plan.state_bytes == 16 * (plan.local_dense + plan.local_experts)
+    assert plan.local_experts * 2 == plan.size.routed
+    assert "EP 2" in describe(plan)

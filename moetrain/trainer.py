@@ -147,7 +147,8 @@ class Trainer:
         if num_tokens == 0:
             return None
         prompt = torch.tensor([self.corpus.tokenizer.end_of_document], device=self.mesh.device)
-        tokens = generate(self.model, prompt, num_tokens, SAMPLE_TEMPERATURE, self.config.run.seed)
+        seed, context = self.config.run.seed, self.config.model.context
+        tokens = generate(self.engine.logits, context, prompt, num_tokens, SAMPLE_TEMPERATURE, seed)
         return self.corpus.tokenizer.decode(tokens[1:].tolist()).strip()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from moetrain.engine import make_engine
 from moetrain.models.attention import document_mask
 from moetrain.models.counts import size_report
 from moetrain.models.decoder import Decoder
@@ -131,10 +132,12 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 
 def test_generation_continues_a_prompt_and_repeats_itself() -> None:
-    model = built()
+    engine = make_engine(tiny(dispatch="local"), built(), alone(), 1)
     prompt_S = torch.tensor([1, 2, 3])
-    one, two = (generate(model, prompt_S, 20, 0.8, seed=3) for _ in range(2))
+    one, two = (generate(engine.logits, 16, prompt_S, 20, 0.8, seed=3) for _ in range(2))
     assert one.shape == (23,)
     assert torch.equal(one, two)
     assert torch.equal(one[:3], prompt_S)
-    assert model.training
+    assert engine.model.training
+    greedy = generate(engine.logits, 16, prompt_S, 1, 0.0, seed=0)[-1]
+    assert greedy == engine.logits(prompt_S.unsqueeze(0))[0, -1].argmax()

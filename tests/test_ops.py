@@ -19,7 +19,6 @@ from moetrain.ops.permute import (
 )
 from moetrain.ops.slots import count_by_choice, count_experts, queue_positions, queue_positions_by_cumsum
 
-
 CPU = torch.device("cpu")
 
 

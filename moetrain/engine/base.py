@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Forward in eval mode, without gradients."""
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """``model.logits`` in eval mode, without gradients: under ZeRO 3 the model itself has no weights to do it with."""
+        """fp32 [B, S, V] in eval mode, without gradients. (Under ZeRO 3 the bare model has no weights for it.)"""
 
     def state(self) -> dict[str, Tensor]:
         """This rank's fp32 weights, optimiser state and persistent buffers: live tensors, valid until the next step."""

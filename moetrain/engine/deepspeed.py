@@ -173,8 +173,8 @@ class ZeroEngine(_Engine):
 class _Open(nn.Module):
     """DeepSpeed hooks onto the tensors that the outermost forward returns, and looks into tuples only.
 
-    Whatever is asked of the model is asked through here, where ZeRO 3 sees to weights that a module borrows from another
-    (tied embeddings).
+    Whatever is asked of the model is asked through here, where ZeRO 3 sees to weights that one module borrows from
+    another (tied embeddings).
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -31,13 +31,15 @@ def peak_bytes(device: torch.device) -> int:
 def measure_memory(engine: HoldsState, mesh: Mesh) -> tuple[RankMemory, ...]:
     """Of all ranks, in order of rank. Collective.
 
-    weights: of the model as it lies in memory (under ZeRO 3 this rank's share); masters kept beside rounded weights and
-    the optimiser's moments are ``optimizer``; gradients: one fp32 value for each value of ``weight.*`` in the state.
+    weights: of the model as it lies in memory (under ZeRO 3, where it is empty between steps, this rank's share);
+    masters kept beside rounded weights and the optimiser's moments are ``optimizer``; gradients: one fp32 value for
+    each value of ``weight.*`` in the state.
     """
     state = engine.state()
     held = {name: t.numel() * t.element_size() for name, t in state.items()}
     masters = sum(size for name, size in held.items() if name.startswith("weight."))
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters()) or masters
+    value = next(engine.model.parameters()).element_size()
+    weights = max(sum(p.numel() for p in engine.model.parameters()) * value, masters // 4 * value)
     moments = sum(size for name, size in held.items() if name.startswith("optimizer."))
     apart = masters if any(p.dtype != torch.float32 for p in engine.model.parameters()) else 0
     row = torch.tensor([weights, masters, moments + apart, peak_bytes(mesh.device)], device=mesh.device)

@@ -50,10 +50,10 @@ class Window:
     def reduce(self) -> WindowMeans:
         """The window over all ranks; starts a new one. Collective."""
         group = self._mesh.world_group
-        means = (sum_over(self._sums_4, group) / (self._num * self._mesh.world_size)).tolist()
+        loss, lm, balance, z = (sum_over(self._sums_4, group) / (self._num * self._mesh.world_size)).tolist()
         load = None
         if self._load is not None:
             counts_2LE = sum_over(torch.stack([self._load.assigned_LE, self._load.kept_LE]), group).cpu()
             load = LoadCounts(counts_2LE[0], counts_2LE[1])
         self._clear()
-        return WindowMeans(*means, load=load)
+        return WindowMeans(loss, lm, balance, z, load)

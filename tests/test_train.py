@@ -1,0 +1,125 @@
+"""Whole runs, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moetrain.monitor.jsonl import read_metrics
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = [
+    "recipe=quickstart",
+    "model=nano",
+    "model.context=32",
+    "router.noise=gaussian",
+    "train.steps=6",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "train.eval_batches=1",
+    "train.sample_tokens=8",
+    "optim.warmup_steps=2",
+    "monitor.log_every=1",
+    "machine.device=cpu",
+]
+
+
+def start(folder: Path, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """``torchrun -m moetrain train`` in ``folder``, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [*command, "-m", "moetrain", "train", *SMALL, f"data.cache={folder / 'cache'}", *overrides],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed; it must have succeeded."""
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, out + errors
+    return out
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    """Training loss and gradient norm by step."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+    return {int(row["train/step"]): (row["train/loss"], row["train/grad_norm"]) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that nothing happened to; its output beside it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    out = finish(start(folder, "run.id=whole", "train.checkpoint_every=3", "train.eval_every=3"))
+    (folder / "out.txt").write_text(out)
+    return folder
+
+
+def test_a_run_says_what_it_did(uninterrupted: Path) -> None:
+    out = (uninterrupted / "out.txt").read_text()
+    for word in ("bigram entropy", "validation", "Expert load, layer x expert", "Sample", "Memory", "exchange"):
+        assert word in out, word
+    run = uninterrupted / "outputs" / "whole"
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.txt", "checkpoints/step_00000006/manifest.json"):
+        assert (run / name).is_file(), name
+    assert str(Path("outputs") / "whole") in out
+    versions = json.loads((run / "run.json").read_text())["starts"][0]["versions"]
+    assert {"torch", "deepspeed", "python"} <= versions.keys()
+
+
+def test_metrics_hold_the_balance_of_every_layer(uninterrupted: Path) -> None:
+    rows = read_metrics(uninterrupted / "outputs" / "whole" / "metrics.jsonl")
+    assert [int(row["train/step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"balance/drop_fraction", "balance/load_max", "moe/layer_03/load_max"} <= rows[-1].keys()
+    assert rows[-1]["train/balance_loss"] >= 0.99
+    assert rows[-1]["train/lm_loss"] < rows[0]["train/lm_loss"]
+
+
+def test_kill_and_resume_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> None:
+    """kill -9 of everything after the checkpoint of step 3, with router noise, dropping and AdamW at work."""
+    overrides = ["run.id=killed", "train.checkpoint_every=3", "train.eval_every=3"]
+    process = start(tmp_path, *overrides)
+    saved = tmp_path / "outputs" / "killed" / "checkpoints" / "step_00000003"
+    deadline = time.monotonic() + 200
+    while not saved.is_dir():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start(tmp_path, *overrides))
+    expected = losses(uninterrupted / "outputs" / "whole")
+    assert losses(tmp_path / "outputs" / "killed") == expected
+    assert len(expected) == 6
+
+
+@pytest.mark.parametrize(
+    "overrides", [["engine=local", "dispatch=local"], ["engine.zero_stage=3", "engine.dtype=bf16"]]
+)
+def test_one_rank_trains_with_either_engine(tmp_path: Path, overrides: list[str]) -> None:
+    out = finish(start(tmp_path, "train.steps=2", *overrides, ranks=1))
+    assert "Training is done" in out
+
+
+def test_a_mistake_is_told_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = start(tmp_path, "router.topk=3", "train.global_batch=7")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (out + errors).count("moetrain: 2 problems in the configuration") == 1
+    assert "router.topk" in errors
+    assert "train.global_batch" in errors
+    assert not (tmp_path / "outputs").exists()

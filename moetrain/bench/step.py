@@ -131,7 +131,7 @@ def _text(report: StepReport, mesh: Mesh) -> str:
         ours, peer = ([1e3 * getattr(sample, kind) for sample in side] for side in (report.ours, report.peer))
         mine, other = statistics.median(ours), statistics.median(peer)
         rows.append(
-            f"{name:14} ours median {mine:.0f} ms (min {min(ours):.0f}), HF median {other:.0f} ms (min {min(peer):.0f}):"
+            f"{name:14} ours median {mine:.0f} ms (min {min(ours):.0f}), HF {other:.0f} ms (min {min(peer):.0f}):"
             f" ours is {other / mine:.2f}x as fast"
         )
     rows.append(f"our step: {shares}")

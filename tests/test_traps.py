@@ -1,0 +1,129 @@
+"""Traps that other frameworks fell into and that no other file is named after; the numbers are those of their list.
+
+Tests of the other traps stand where the code they guard is tested. Traps of what moetrain does not have (tensor and
+pipeline parallelism, padding tokens, router biases, group-limited routing, fp8) have no test.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moetrain
+from moetrain.moe.capacity import slots_per_expert
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.replay import Replay
+from moetrain.monitor.balance import summarise
+from moetrain.ops.grouped_mm import grouped_swiglu
+from moetrain.ops.init import Draw
+from moetrain.ops.kernels import Kernels, make_kernels
+from moetrain.ops.timeline import Timeline
+from moetrain.parallel.collectives import sum_over
+from moetrain.parallel.mesh import mesh_of_world
+from moetrain.types import LoadCounts
+from tests.ranks import run_ranks
+from tests.tiny import alone, tiny
+
+CPU = torch.device("cpu")
+
+
+def layer_of(dispatch: str, factor: float | None) -> MoELayer:
+    config = tiny(dispatch=dispatch, capacity__factor_train=factor)
+    layer = MoELayer(config, alone(), Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
+    layer.init_weights(Draw(0), 0.2, 0.2)
+    return layer
+
+
+def test_trap18_counts_are_added_before_ratios_are_taken() -> None:
+    """Two ranks, each with all its tokens on another half of the experts: locally 2.0, globally even."""
+    first, second = torch.tensor([[8, 8, 0, 0]]), torch.tensor([[0, 0, 8, 8]])
+    local = summarise(LoadCounts(first, first), 2, [0])
+    together = summarise(LoadCounts(first + second, first + second), 2, [0])
+    assert local.load_max == 2.0
+    assert together.load_max == 1.0
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "factor", "reads"), [("alltoall", None, 1), ("alltoall", 1.0, 1), ("padded", 1.0, 0)]
+)
+def test_trap24_host_reads_of_a_dispatch(
+    dispatch: str, factor: float | None, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every read of a tensor by the host is a synchronisation on an accelerator: one a layer dropless, none padded."""
+    layer, seen = layer_of(dispatch, factor), []
+
+    def counted(name: str) -> Any:
+        plain = getattr(torch.Tensor, name)
+
+        def read(self: torch.Tensor, *args: Any) -> Any:
+            seen.append(name)
+            return plain(self, *args)
+
+        return read
+
+    x_TD = torch.randn(24, 16, requires_grad=True)
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    routing = layer.router(x_TD, Replay())
+    placement = layer.capacity(routing)
+    layer.load.record(placement)
+    layer.balance(routing, 2, layer.load.pending_2E[0])
+    sent = layer.dispatcher(x_TD, placement)
+    layer.dispatcher.combine(sent.rows_RD, sent).sum().backward()
+    monkeypatch.undo()
+    assert len(seen) == reads, seen
+
+
+@pytest.mark.parametrize("dispatch", ["local", "alltoall"])
+def test_trap25_an_expanded_gradient_goes_through_the_layer(dispatch: str) -> None:
+    """``sum().backward()`` hands down a gradient of stride 0, which a grouped product would refuse."""
+    layer = layer_of(dispatch, None)
+    layer.experts.kernels = Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
+    layer(torch.randn(24, 16), 2, Replay()).hidden_TD.sum().backward()
+    assert layer.experts.down.grad is not None
+    assert layer.experts.down.grad.abs().sum() > 0
+
+
+def test_trap23_no_nondeterministic_counting() -> None:
+    """bincount and histc synchronise, or lack kernels, or are not deterministic on some back ends."""
+    for path in Path(moetrain.__file__).parent.glob("m*/**/*.py"):
+        assert not re.search(r"\b(bincount|histc)\(", path.read_text()), path
+
+
+def test_trap19_capacity_follows_from_the_configuration_alone() -> None:
+    """Whatever the routing, every rank has the same slots: else ranks of one all-to-all disagree about its size."""
+    layer = layer_of("padded", 1.0)
+    shapes = set()
+    for scale in (0.0, 1.0, 100.0):
+        placement = layer.capacity(layer.router(torch.randn(24, 16) * scale, Replay()))
+        shapes.add((placement.capacity, layer.dispatcher(torch.randn(24, 16), placement).rows_RD.shape))
+    assert shapes == {(slots_per_expert(24, 2, 8, 1.0, 4), torch.Size([8 * 6, 16]))}
+
+
+def sums(rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+    mesh = mesh_of_world(1, CPU)
+    mine = torch.tensor([float(rank + 1)])
+    total = sum_over(mine, mesh.world_group)
+    return mine.numpy(), total.numpy()
+
+
+def test_trap_t16_a_reduction_leaves_its_input_alone() -> None:
+    for rank, (mine, total) in enumerate(run_ranks(2, sums)):
+        assert mine == [rank + 1.0]
+        assert total == [3.0]
+
+
+def test_trap11_counts_are_int64_and_do_not_saturate() -> None:
+    """bf16 counters stop growing at 256."""
+    layer = layer_of("local", None)
+    for _ in range(40):
+        layer(torch.randn(24, 16), 2, Replay())
+        layer.load.commit()
+    taken_2E = layer.load.take()
+    assert taken_2E.dtype == torch.int64
+    assert taken_2E.sum(1).tolist() == [40 * 48, 40 * 48]

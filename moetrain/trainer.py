@@ -148,8 +148,9 @@ class Trainer:
             return None
         prompt = torch.tensor([self.corpus.tokenizer.end_of_document], device=self.mesh.device)
         seed, context = self.config.run.seed, self.config.model.context
-        tokens = generate(self.engine.logits, context, prompt, num_tokens, SAMPLE_TEMPERATURE, seed)
-        return self.corpus.tokenizer.decode(tokens[1:].tolist()).strip()
+        tokens = generate(self.engine.logits, context, prompt, num_tokens, SAMPLE_TEMPERATURE, seed)[1:].tolist()
+        end = tokens.index(int(prompt)) if int(prompt) in tokens else num_tokens
+        return self.corpus.tokenizer.decode(tokens[:end]).strip()
 
 
 def _kernels(mesh: Mesh) -> Kernels:

@@ -18,6 +18,7 @@ from moetrain.engine import make_engine
 from moetrain.models.decoder import Decoder
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import ModelOutput
+from tests.engine_runs import partition_everything
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, alone, part_of, tiny, tokens
 
@@ -115,6 +116,7 @@ def train(layout: Layout, mesh: Mesh) -> dict[str, Any]:
 
 
 def train_all(rank: int, world: int, layouts: list[Layout]) -> list[dict[str, Any]]:
+    partition_everything()
     meshes = {ep: mesh_of_world(ep, torch.device("cpu")) for ep in sorted({layout.ep for layout in layouts})}
     return [train(layout, meshes[layout.ep]) for layout in layouts]
 

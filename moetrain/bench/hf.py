@@ -37,7 +37,7 @@ class HuggingFaceStep:
         nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optim.clip_norm or float("inf"))
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def _mixtral(config: Config, vocab_size: int) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.grouped_mm import grouped_swiglu
-from moetrain.ops.loop_swiglu import loop_swiglu
+from moetrain.ops.loop_swiglu import loop_swiglu, weight_gradient
 
 GemmName = Literal["torch", "onednn"]
 PROBE_SIZE, PROBE_ROUNDS, CLEAR_GAIN = 512, 5, 1.15
@@ -84,7 +84,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x_RI, weight_OI = ctx.saved_tensors
         grad_RO = grads[0].contiguous()
-        return onednn_gemm(grad_RO, weight_OI.t()), onednn_gemm(grad_RO.t(), x_RI.t())
+        return onednn_gemm(grad_RO, weight_OI.t()), weight_gradient(onednn_gemm, grad_RO, x_RI)
 
 
 def _seconds(gemm: Gemm, x: Tensor) -> float:

@@ -51,10 +51,19 @@ class _LoopSwiglu(torch.autograd.Function):
         blocks = zip(rows_RD.split(ctx.sizes), grads[0].contiguous().split(ctx.sizes), hidden, strict=True)
         for e, ((x_RD, dy_RD, h_RF), dx_RD) in enumerate(zip(blocks, grad_rows.split(ctx.sizes), strict=True)):
             act_RF, dh_RF = _through_activation(h_RF, ctx.gemm(dy_RD, down_eDF[e].t()))
-            grad_down[e] = ctx.gemm(dy_RD.t(), act_RF.t())
-            grad_gate_up[e] = ctx.gemm(dh_RF.t(), x_RD.t())
+            grad_down[e] = weight_gradient(ctx.gemm, dy_RD, act_RF)
+            grad_gate_up[e] = weight_gradient(ctx.gemm, dh_RF, x_RD)
             dx_RD.copy_(ctx.gemm(dh_RF, gate_up_eFD[e].t()))
         return None, None, grad_rows, grad_gate_up, grad_down
+
+
+def weight_gradient(gemm: Gemm, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+    """``grad^T x``, [O, I]. The left factor of a product is copied where it is a transposed view: let that be the
+    narrower.
+    """
+    if grad_RO.shape[1] > x_RI.shape[1]:
+        return gemm(x_RI.t(), grad_RO.t()).t()
+    return gemm(grad_RO.t(), x_RI.t())
 
 
 def _through_activation(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,8 @@ install() {
     echo "Installing moetrain into $PWD/.venv; the first time this takes some minutes ..." >&2
     if [ "$(uname -s)" = Linux ] && [ "$(num_gpus)" = 0 ]; then
       # The build of torch without CUDA is gigabytes smaller. Its index is asked beside PyPI, where its version counts as
-      # the newer one; if it can not be reached, pip says so and takes what PyPI has.
-      python -m pip install --quiet --retries 1 --timeout 15 \
+      # the newer one; if it can not be reached, pip takes what PyPI has.
+      python -m pip install --quiet --quiet --retries 1 --timeout 15 \
         --extra-index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.14"
     fi
     python -m pip install --quiet --editable "$1"

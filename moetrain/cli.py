@@ -145,8 +145,7 @@ def _data(arguments: list[str]) -> int:
     from moetrain.data import prepare
 
     corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
-    print(f"{corpus.folder}: {corpus.num_train_tokens:,} training tokens of {corpus.num_documents:,} documents")
-    print(f"entropy in nats per token: unigram {corpus.unigram_entropy:.3f}, bigram {corpus.bigram_entropy:.3f}")
+    print(corpus.summary())
     return 0
 
 

@@ -18,7 +18,9 @@ Part = dict[str, Any]
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RunConfig:
-    """Where a run lives. ``dir`` is one folder for all ranks; ``resume`` continues from its newest checkpoint."""
+    """Where a run lives. ``root``/``id`` is one folder for all ranks; ``resume`` continues from its newest
+    checkpoint.
+    """
 
     id: str | None = None
     root: str = "outputs"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from moetrain.types import Problem
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
 PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
 TOKENIZERS = ("kjv", "byte")
+WIDTH_UNIT = 8  # values of bf16 in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,13 @@ def even_head(head_dim: int) -> Problem | None:
     return Problem("model.head_dim", head_dim, reason, f"set model.head_dim={head_dim + 1}")
 
 
+def aligned_width(width: int, *, field: str) -> Problem | None:
+    if width % WIDTH_UNIT == 0:
+        return None
+    reason = f"grouped products need rows of 16 bytes, so it must be a multiple of {WIDTH_UNIT}"
+    return Problem(field, width, reason, f"set {field}={-(-width // WIDTH_UNIT) * WIDTH_UNIT}")
+
+
 def some_moe_layer(first_dense: int, num_layers: int) -> Problem | None:
     if first_dense < num_layers:
         return None
@@ -129,9 +139,13 @@ def local_needs_all_experts(target: str, ep_size: int | None, num_experts: int, 
 
 
 def device_present(device: str) -> Problem | None:
-    if device != "cuda" or torch.cuda.is_available():
+    count, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cpu" or (device == "auto" and count == 0) or 0 < ranks <= count:
         return None
-    return Problem("machine.device", device, "torch sees no CUDA device here", "set machine.device=auto or cpu")
+    if count == 0:
+        return Problem("machine.device", device, "torch sees no CUDA device here", "set machine.device=auto or cpu")
+    reason = f"{ranks} ranks on this host, but torch sees {count} CUDA devices, and a device takes one rank"
+    return Problem("machine.device", device, reason, f"start --nproc-per-node {count}, or set machine.device=cpu")
 
 
 def data_at_path(source: str, path: str | None) -> Problem | None:
@@ -169,6 +183,8 @@ RULES = (
     Rule(("train.global_batch", "train.micro_batch", "world"), whole_micro_batches),
     Rule(("model.num_heads", "model.num_kv_heads"), grouped_heads),
     Rule(("model.head_dim",), even_head),
+    Rule(("model.dim",), partial(aligned_width, field="model.dim")),
+    Rule(("model.expert_dim",), partial(aligned_width, field="model.expert_dim")),
     Rule(("model.first_dense", "model.num_layers"), some_moe_layer),
     Rule(("optim.warmup_steps", "train.steps"), warmup_within_run),
     Rule(("engine.name", "engine.zero_stage"), zero_needs_deepspeed),

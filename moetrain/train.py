@@ -11,11 +11,12 @@ from moetrain.compose import resolved_yaml
 from moetrain.config import Config
 from moetrain.data import prepare
 from moetrain.monitor.origin import origin
-from moetrain.monitor.runfolder import open_run_folder, rank_log
-from moetrain.parallel.collectives import broadcast_text
-from moetrain.parallel.mesh import close_mesh, init_mesh
+from moetrain.monitor.runfolder import RunFolder, open_run_folder, rank_log
+from moetrain.parallel.collectives import barrier, broadcast_text, gather_equal
+from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 from moetrain.plan import main_report
 from moetrain.trainer import Trainer
+from moetrain.types import ConfigError, Problem
 
 
 def main(config: Config) -> int:
@@ -24,7 +25,8 @@ def main(config: Config) -> int:
     Everything that can be found wrong without other ranks is found before a process group exists. Raises ConfigError.
     """
     if config.debug.fake_world is not None:
-        print(main_report(config, config.debug.fake_world))
+        if os.environ.get("RANK", "0") == "0":
+            print(main_report(config, config.debug.fake_world))
         return 0
     if config.machine.threads is not None:
         torch.set_num_threads(config.machine.threads)
@@ -36,8 +38,20 @@ def main(config: Config) -> int:
         folder = open_run_folder(
             config, text, mesh.rank, lambda t: broadcast_text(t, mesh.world_group), origin(mesh.world_size)
         )
+        _check_shared(folder, mesh)
         with rank_log(folder, mesh.rank):
             Trainer(config, mesh, corpus, folder).fit()
+            barrier(mesh.world_group)
     finally:
         close_mesh()
     return 0
+
+
+def _check_shared(folder: RunFolder, mesh: Mesh) -> None:
+    """All ranks write checkpoints into one folder: find out before the first step that some of them do not see it."""
+    seen = torch.tensor([folder.record.is_file()], dtype=torch.int64, device=mesh.device)
+    blind = [rank for rank, row in enumerate(gather_equal(seen, mesh.world_group).tolist()) if not row[0]]
+    if blind:
+        reason = f"ranks {blind} do not see {folder.record}, which rank 0 has just written"
+        fix = "put run.root on storage that all hosts share"
+        raise ConfigError([Problem("run.root", str(folder.path.parent), reason, fix)])

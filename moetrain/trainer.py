@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from moetrain import checkpoint
+from moetrain.checkpoint import Checkpoint
 from moetrain.config import Config
 from moetrain.data import Corpus, Loader
 from moetrain.engine import make_engine
@@ -16,9 +18,9 @@ from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
 from moetrain.monitor.memory import measure_memory
 from moetrain.monitor.recorder import CorpusFacts, Recorder
-from moetrain.monitor.runfolder import RunFolder, config_hash
+from moetrain.monitor.runfolder import RunFolder
 from moetrain.monitor.window import Window, WindowMeans
-from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels
+from moetrain.ops.kernels import GemmName, fastest_gemm, make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.optim import lr_at
 from moetrain.parallel.collectives import broadcast_text
@@ -38,8 +40,10 @@ class Trainer:
         self.accumulation = train.global_batch // (mesh.world_size * train.micro_batch)
         torch.manual_seed(config.run.seed + mesh.rank)
         self.timeline = Timeline(mesh.device, enabled=config.monitor.timing)
+        found = self._find()
+        self.gemm = _gemm(mesh, found)
         vocab_size = config.model.vocab_size or corpus.vocab_size
-        self.model = Decoder(config, mesh, vocab_size, self.timeline, _kernels(mesh))
+        self.model = Decoder(config, mesh, vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
         self.engine = make_engine(config, self.model, mesh, self.accumulation)
         self.loader = Loader(
             corpus=corpus,
@@ -52,12 +56,14 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         self.window = Window(mesh)
-        self.start = self._resume()
-        self.recorder = Recorder(config, mesh, _facts(corpus), folder, self.start) if mesh.is_main else None
+        self.skipped = 0
+        self.start = 0 if found is None else self._restore(found)
+        self.recorder = Recorder(config, mesh, _facts(corpus, vocab_size), folder, self.start) if mesh.is_main else None
 
     def fit(self) -> None:
         """Train from the step that was resumed to the last, then evaluate, save and report."""
         train, saved = self.config.train, None
+        self.timeline.drain()
         for step in range(self.start, train.steps):
             began = perf_counter()
             norm = self._step(step)
@@ -82,8 +88,10 @@ class Trainer:
         self.timeline.mark("update")
         norm = self.engine.step(lr_at(step, self.config.train.steps, self.config.optim))
         self.timeline.mark("rest")
-        if self.model.moe_layers():
-            self.window.add_load(self.model.take_load())
+        if not math.isfinite(norm):
+            self.skipped += 1
+            log.warning("step %d was skipped: the gradient norm is %s", step + 1, norm)
+        self.window.add_load(self.model.take_load())
         return norm
 
     def _record(self, done: int, norm: float) -> None:
@@ -91,7 +99,8 @@ class Trainer:
         phases = self.timeline.drain()
         if self.recorder is not None:
             lr = lr_at(done - 1, self.config.train.steps, self.config.optim)
-            self.recorder.window(done, means, {"train/grad_norm": norm, "train/lr": lr}, phases)
+            numbers = {"train/grad_norm": norm, "train/lr": lr, "train/skipped_steps": float(self.skipped)}
+            self.recorder.window(done, means, numbers, phases)
 
     def _evaluate(self, done: int) -> None:
         """Mean over ``eval_batches`` global batches of validation windows, the same at every world size."""
@@ -108,32 +117,41 @@ class Trainer:
 
     def _save(self, done: int) -> Path:
         tensors = self.engine.state() | checkpoint.rng_state(self.mesh.device)
-        extra = {"config_hash": config_hash(self.config), "corpus": self.corpus.fingerprint}
+        extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint}
         keep = self.config.train.keep_checkpoints
         path = checkpoint.save(self.folder.checkpoints, done, tensors, extra, self.mesh, keep)
         self.timeline.drain()
         return path
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint of the run folder, if there is one; returns the number of steps it has done."""
+    def _find(self) -> Checkpoint | None:
+        """The newest checkpoint of the run folder, if the run is to go on from it."""
         resume = self.config.run.resume
         newest = None if resume == "never" else checkpoint.agree(self.folder.checkpoints, self.mesh)
         if newest is None:
             if resume == "must":
                 reason = f"{self.folder.checkpoints} holds no whole checkpoint"
-                raise ConfigError(
-                    [Problem("run.resume", "must", reason, "name another run.id, or set run.resume=auto")]
-                )
-            return 0
-        found = checkpoint.load(newest, self.mesh)
+                fix = "name another run.id, or set run.resume=auto"
+                raise ConfigError([Problem("run.resume", "must", reason, fix)])
+            return None
+        try:
+            found = checkpoint.load(newest, self.mesh)
+        except ValueError as error:
+            raise _cannot_resume(str(error)) from error
         if found.extra["corpus"] != self.corpus.fingerprint:
             reason = f"{newest} was trained on another corpus ({found.extra['corpus'][:12]})"
             fix = "give the same data section, tokenizer and files"
             raise ConfigError([Problem("data", self.corpus.fingerprint[:12], reason, fix)])
+        return found
+
+    def _restore(self, found: Checkpoint) -> int:
+        """Put weights, optimiser and generators back; returns the number of steps that are done."""
         state = {name: t for name, t in found.tensors.items() if not name.startswith("rng.")}
-        self.engine.load_state(state)
+        try:
+            self.engine.load_state(state)
+        except ValueError as error:
+            raise _cannot_resume(str(error)) from error
         checkpoint.set_rng_state(found.tensors, self.mesh.device)
-        log.info("resumed from %s", newest)
+        log.info("resumed after step %d", found.step)
         return found.step
 
     def _close(self, saved: Path | None) -> None:
@@ -153,16 +171,24 @@ class Trainer:
         return self.corpus.tokenizer.decode(tokens[:end]).strip()
 
 
-def _kernels(mesh: Mesh) -> Kernels:
-    """The fastest of rank 0, on every rank: replicas must round alike."""
-    name = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
+def _gemm(mesh: Mesh, found: Checkpoint | None) -> GemmName:
+    """What the run has used so far, else the fastest of rank 0, on every rank: a resumed run and replicas round
+    alike.
+    """
+    name = fastest_gemm(mesh.device) if found is None else found.extra["gemm"]
+    name = broadcast_text(name, mesh.world_group)
     log.info("matrix products by %s", name)
-    return make_kernels(mesh.device, "onednn" if name == "onednn" else "torch")
+    return "onednn" if name == "onednn" else "torch"
+
+
+def _cannot_resume(reason: str) -> ConfigError:
+    fix = "start it with the ranks, engine and model it was saved with, or name another run.id"
+    return ConfigError([Problem("run.resume", "auto", reason, fix)])
 
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _facts(corpus: Corpus) -> CorpusFacts:
-    return CorpusFacts(corpus.vocab_size, corpus.unigram_entropy, corpus.bigram_entropy, corpus.bytes_per_token)
+def _facts(corpus: Corpus, vocab_size: int) -> CorpusFacts:
+    return CorpusFacts(vocab_size, corpus.unigram_entropy, corpus.bigram_entropy, corpus.bytes_per_token)

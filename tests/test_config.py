@@ -133,11 +133,31 @@ def test_a_broken_rule_is_one_problem(changes: dict[str, object], field: str, re
 
 
 def test_cuda_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (problem,) = problems_of(raw(machine__device="cuda"))
     assert (problem.field, problem.value) == ("machine.device", "cuda")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert parse(raw(machine__device="auto"), 2).machine.device == "auto"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert parse(raw(machine__device="cuda"), 2).machine.device == "cuda"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for device in ("auto", "cuda"):
+        (problem,) = problems_of(raw(machine__device=device))
+        assert "a device takes one rank" in problem.reason
+    assert parse(raw(machine__device="cpu"), 2).machine.device == "cpu"
+
+
+@pytest.mark.parametrize("key", ["model__dim", "model__expert_dim"])
+def test_widths_are_aligned_for_grouped_products(key: str) -> None:
+    (problem,) = problems_of(raw(**{key: 20}))
+    assert problem.field == key.replace("__", ".")
+    assert "=24" in problem.fix
+
+
+@pytest.mark.parametrize(("noise", "scale"), [("jitter", -1.0), ("jitter", 2.0), ("gaussian", -0.1)])
+def test_noise_that_can_not_be_drawn_is_refused(noise: str, scale: float) -> None:
+    (problem,) = problems_of(raw(router__noise=noise, router__noise_scale=scale))
+    assert problem.field == "router.noise_scale"
+    assert parse(raw(router__noise="gaussian", router__noise_scale=2.0), 2).router["noise_scale"] == 2.0
 
 
 def test_all_problems_come_at_once_those_of_two_sections_too() -> None:

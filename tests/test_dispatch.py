@@ -38,9 +38,9 @@ def forced(kind: str, rank: int) -> torch.Tensor:
 class ForcedRouter(torch.nn.Module):
     """A router whose choice is given, so that the routings that hurt can be had."""
 
-    def __init__(self, inner: torch.nn.Module, expert_TK: torch.Tensor, kept_TK: torch.Tensor) -> None:
+    def __init__(self, inner: torch.nn.Module, expert_TK: torch.Tensor) -> None:
         super().__init__()
-        self.inner, self.expert_TK, self.kept_TK = inner, expert_TK, kept_TK
+        self.inner, self.expert_TK = inner, expert_TK
 
     def forward(self, x_TD: torch.Tensor, replay: Replay) -> Routing:
         replay.expert_TK = self.expert_TK
@@ -65,7 +65,7 @@ def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | N
     layer = MoELayer(config, mesh, Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
     layer.init_weights(Draw(1), 0.2, 0.2)
     kept_TK = torch.full((TOKENS, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
-    layer.router = ForcedRouter(layer.router, forced(kind, rank), kept_TK)
+    layer.router = ForcedRouter(layer.router, forced(kind, rank))
     layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
     x_TD = torch.randn(TOKENS, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     out = layer(x_TD, 2, Replay())

@@ -87,12 +87,16 @@ def test_permutation_and_combination_equal_their_references(dtype: torch.dtype, 
         torch.testing.assert_close(ours.float(), plain.float(), **tolerance)
 
 
-def test_trap22_combine_sums_in_fp32() -> None:
-    """Eight bf16 rows of 1 with weight 1/3 each: summing in bf16 is off by more than one part in 500."""
-    rows = RowMap(torch.arange(8), torch.arange(8).view(1, 8), has_empty=False)
-    y_RD = torch.tensor([[256.0]] + [[1.0]] * 7, dtype=torch.bfloat16)
-    total = tokens_of_rows(y_RD, torch.ones(1, 8), rows)
-    assert total.item() == torch.tensor(263.0).bfloat16().item() == 264.0
+def test_trap22_combine_weighs_and_sums_in_fp32() -> None:
+    """bf16 rows, weights of thirds: rounded to bf16 once, at the end, and not at every product."""
+    torch.manual_seed(0)
+    rows = RowMap(torch.arange(4096), torch.arange(4096).view(512, 8), has_empty=False)
+    y_RD = torch.randn(4096, 4).bfloat16()
+    weight_TK = torch.rand(512, 8) / 3
+    exact = torch.einsum("tkd,tk->td", y_RD.view(512, 8, 4).double(), weight_TK.double())
+    assert torch.equal(tokens_of_rows(y_RD, weight_TK, rows), exact.to(torch.bfloat16))
+    in_bf16 = (y_RD.view(512, 8, 4) * weight_TK.bfloat16().unsqueeze(-1)).sum(1)
+    assert not torch.equal(in_bf16, exact.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", ["grouped", "torch", "onednn"])

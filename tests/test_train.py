@@ -15,12 +15,13 @@ import pytest
 from moetrain.monitor.jsonl import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
+STEPS = 40
 SMALL = [
     "recipe=quickstart",
     "model=nano",
     "model.context=32",
     "router.noise=gaussian",
-    "train.steps=6",
+    f"train.steps={STEPS}",
     "train.global_batch=8",
     "train.micro_batch=2",
     "train.eval_batches=1",
@@ -64,7 +65,7 @@ def losses(run: Path) -> dict[int, tuple[float, float]]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two ranks that nothing happened to; its output beside it."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    out = finish(start(folder, "run.id=whole", "train.checkpoint_every=3", "train.eval_every=3"))
+    out = finish(start(folder, "run.id=whole", f"train.checkpoint_every={STEPS}", "train.keep_checkpoints=99"))
     (folder / "out.txt").write_text(out)
     return folder
 
@@ -74,7 +75,7 @@ def test_a_run_says_what_it_did(uninterrupted: Path) -> None:
     for word in ("bigram entropy", "validation", "Expert load, layer x expert", "Sample", "Memory", "exchange"):
         assert word in out, word
     run = uninterrupted / "outputs" / "whole"
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.txt", "checkpoints/step_00000006/manifest.json"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.txt", "checkpoints/step_00000040/manifest.json"):
         assert (run / name).is_file(), name
     assert str(Path("outputs") / "whole") in out
     versions = json.loads((run / "run.json").read_text())["starts"][0]["versions"]
@@ -83,7 +84,7 @@ def test_a_run_says_what_it_did(uninterrupted: Path) -> None:
 
 def test_metrics_hold_the_balance_of_every_layer(uninterrupted: Path) -> None:
     rows = read_metrics(uninterrupted / "outputs" / "whole" / "metrics.jsonl")
-    assert [int(row["train/step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [int(row["train/step"]) for row in rows] == list(range(1, STEPS + 1))
     assert {"balance/drop_fraction", "balance/load_max", "moe/layer_03/load_max"} <= rows[-1].keys()
     assert rows[-1]["train/balance_loss"] >= 0.99
     assert rows[-1]["train/lm_loss"] < rows[0]["train/lm_loss"]
@@ -91,7 +92,7 @@ def test_metrics_hold_the_balance_of_every_layer(uninterrupted: Path) -> None:
 
 def test_kill_and_resume_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> None:
     """kill -9 of everything after the checkpoint of step 3, with router noise, dropping and AdamW at work."""
-    overrides = ["run.id=killed", "train.checkpoint_every=3", "train.eval_every=3"]
+    overrides = ["run.id=killed", "train.checkpoint_every=3", "train.keep_checkpoints=99"]
     process = start(tmp_path, *overrides)
     saved = tmp_path / "outputs" / "killed" / "checkpoints" / "step_00000003"
     deadline = time.monotonic() + 200
@@ -104,14 +105,19 @@ def test_kill_and_resume_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> No
     finish(start(tmp_path, *overrides))
     expected = losses(uninterrupted / "outputs" / "whole")
     assert losses(tmp_path / "outputs" / "killed") == expected
-    assert len(expected) == 6
+    rows = read_metrics(tmp_path / "outputs" / "killed" / "metrics.jsonl")
+    by_step = {int(row["train/step"]): int(row["run/segment"]) for row in rows}
+    resumed = sum(segment == 1 for segment in by_step.values())
+    assert 0 < resumed < STEPS
+    assert resumed % 3 == 0
+    assert [by_step[step] for step in range(1, STEPS + 1)] == [1] * resumed + [2] * (STEPS - resumed)
 
 
 @pytest.mark.parametrize(
     "overrides", [["engine=local", "dispatch=local"], ["engine.zero_stage=3", "engine.dtype=bf16"]]
 )
 def test_one_rank_trains_with_either_engine(tmp_path: Path, overrides: list[str]) -> None:
-    out = finish(start(tmp_path, "train.steps=2", *overrides, ranks=1))
+    out = finish(start(tmp_path, "train.steps=2", "optim.warmup_steps=1", *overrides, ranks=1))
     assert "Training is done" in out
 
 

@@ -4,12 +4,15 @@ transformers.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moetrain.config import Config
+from moetrain.engine.base import weight_dtype
 from moetrain.models.counts import top_k_of
 from moetrain.types import Batch, ConfigError, Problem
 
@@ -18,8 +21,8 @@ class HuggingFaceStep:
     """The same decoder, every expert on every rank, grouped_mm; AdamW, clipping and balance loss as in ``config``."""
 
     def __init__(self, config: Config, vocab_size: int, device: torch.device) -> None:
-        self._config = config
-        self.model = _mixtral(config, vocab_size).to(device)
+        self._config, self._device = config, device
+        self.model = _mixtral(config, vocab_size).to(device, weight_dtype(config.engine, device))
         self._wrapped = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         optim = config.optim
         betas = (optim.beta1, optim.beta2)
@@ -30,14 +33,19 @@ class HuggingFaceStep:
     def step(self, batches: list[Batch]) -> float:
         """One optimiser step on these micro-batches; returns the loss of the last."""
         loss = torch.zeros(())
-        for batch in batches:
-            out = self._wrapped(input_ids=batch.tokens_BS, labels=batch.tokens_BS, output_router_logits=True)
-            loss = out.loss
-            (loss / len(batches)).backward()
+        for number, batch in enumerate(batches):
+            tokens_BS = batch.to(self._device).tokens_BS
+            with self._reduced_later(number + 1 < len(batches)):
+                loss = self._wrapped(input_ids=tokens_BS, labels=tokens_BS, output_router_logits=True).loss
+                (loss / len(batches)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optim.clip_norm or float("inf"))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(loss.detach())
+
+    def _reduced_later(self, later: bool) -> AbstractContextManager[None]:
+        ddp = self._wrapped
+        return ddp.no_sync() if later and isinstance(ddp, DistributedDataParallel) else nullcontext()
 
 
 def _mixtral(config: Config, vocab_size: int) -> nn.Module:
@@ -66,4 +74,4 @@ def _mixtral(config: Config, vocab_size: int) -> nn.Module:
     )
     built = MixtralForCausalLM(plain)
     built.set_experts_implementation("grouped_mm")
-    return built.float()
+    return built

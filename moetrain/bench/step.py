@@ -135,5 +135,5 @@ def _text(report: StepReport, mesh: Mesh) -> str:
             f" ours is {other / mine:.2f}x as fast"
         )
     rows.append(f"our step: {shares}")
-    rows.append(f"outside of attention, expert and vocabulary products and their all-to-all: {outside:.1%}")
+    rows.append(f"outside of the phases {', '.join(GEMM_PHASES)}: {outside:.1%}")
     return "\n".join(rows)

@@ -68,13 +68,16 @@ class Attention(nn.Module):
         q_BHSd, k_BHSd, v_BHSd = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         if self.qk_norm == "head":
             q_BHSd, k_BHSd = self.q_norm(q_BHSd), self.k_norm(k_BHSd)
+        q_BHSd, k_BHSd = rotate(q_BHSd, tables_2Sd), rotate(k_BHSd, tables_2Sd)
+        if mask_B1SS is not None:  # kernels that take a mask know no groups; without this the plainest one is taken
+            k_BHSd, v_BHSd = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k_BHSd, v_BHSd))
         y_BHSd = torch.nn.functional.scaled_dot_product_attention(
-            rotate(q_BHSd, tables_2Sd),
-            rotate(k_BHSd, tables_2Sd),
+            q_BHSd,
+            k_BHSd,
             v_BHSd,
             attn_mask=mask_B1SS,
             is_causal=mask_B1SS is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            enable_gqa=k_BHSd.shape[1] != self.num_heads,
         )
         return self.kernels.linear(y_BHSd.transpose(1, 2).flatten(2), self.out)
 

@@ -113,8 +113,7 @@ class Decoder(nn.Module):
         logits_TV = self._project(hidden_BSD.flatten(0, 1)).float()
         lm = torch.nn.functional.cross_entropy(logits_TV, batch.targets_BS.flatten())
         lm = self.timeline.through(lm, "vocabulary", "rest")
-        zero = lm.new_zeros(())
-        losses = LossTerms.mean(terms) if terms else LossTerms(zero, zero)
+        losses = LossTerms.mean(terms)
         balance = self.config.balance
         loss = lm + balance.balance_coef * losses.balance + balance.z_coef * losses.z
         return ModelOutput(loss, lm, losses)

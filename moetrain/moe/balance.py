@@ -6,10 +6,11 @@ logsumexp(l_t)^2`` (ST-MoE, Zoph et al. 2022).
 
 The scope is the set of tokens that f and P are means over:
 
-- ``micro_batch``: the tokens of this rank.
-- ``sequence``: each sequence by itself, then the mean; the same under every layout.
+- ``micro_batch``: the tokens of this rank; what a micro-batch is, and so the value, depends on the layout.
+- ``sequence``: each sequence by itself, then the mean; the same under every layout, in value and in gradient.
 - ``global_batch``: f over all ranks and all micro-batches of the step so far, P over this rank. f carries no gradient,
   so one all-reduce of integers is enough, and the mean over ranks of the local losses equals the loss of the whole.
+  The same under every layout without accumulation; with it, early micro-batches see the counts so far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory of every rank, measured."""
+"""Memory of every rank: the peak is measured, the parts are computed from what the engine holds."""
 
 from __future__ import annotations
 

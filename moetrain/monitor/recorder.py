@@ -35,7 +35,7 @@ from moetrain.parallel.mesh import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class CorpusFacts:
-    """What is said of the corpus in the closing report; entropies in nats per token."""
+    """What is said of the corpus in the closing report; entropies in nats per token. vocab_size: of the model."""
 
     vocab_size: int
     unigram_entropy: float
@@ -55,6 +55,7 @@ class Recorder:
         self._progress = Progress(sys.stderr, config.monitor.log_every) if config.monitor.progress else None
         self._wandb = self._open_wandb() if config.monitor.wandb != "off" else None
         self._status = Status(start, config.train.steps)
+        self._skipped = 0
         self._started = perf_counter()
         self._first, self._windows = start, 0
         self._seconds = self._steady_seconds = 0.0
@@ -68,11 +69,13 @@ class Recorder:
         self._seconds += seconds
         self._steps += 1
         self._status = dataclasses.replace(self._status, step=done)
-        if self._progress is not None and done % self._config.monitor.log_every:
+        last = done == self._config.train.steps
+        if self._progress is not None and not last and done % self._config.monitor.log_every:
             self._progress.update(self._status)
 
     def window(self, done: int, means: WindowMeans, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
         """The window that ends with step ``done``; phases: seconds since the last drain."""
+        self._skipped = int(numbers["train/skipped_steps"])
         tokens_per_second = self._steps * self._tokens_per_step / self._seconds
         row = {"train/loss": means.loss, "train/lm_loss": means.lm, "train/balance_loss": means.balance}
         row |= {"train/z_loss": means.z, **numbers, "perf/tokens_per_second": tokens_per_second}
@@ -101,6 +104,8 @@ class Recorder:
             self._progress.close()
         self._metrics.close()
         notes = self._close_wandb()
+        if self._skipped:
+            notes.append(f"{self._skipped} steps were skipped: their gradients were not finite")
         if self._last is None:
             print(f"nothing to do: {self._folder.path} has done all {self._first} steps")
             return

@@ -36,24 +36,15 @@ class Mesh:
         return self.rank % self.ep_size
 
     @property
-    def expert_dp_rank(self) -> int:
-        return self.rank // self.ep_size
-
-    @property
-    def expert_dp_size(self) -> int:
-        return self.world_size // self.ep_size
-
-    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
 def choose_device(machine: MachineConfig) -> torch.device:
-    """The device of this process: ``machine.device``, or an accelerator where torch sees one; indexed by LOCAL_RANK."""
+    """The device of this process: ``machine.device``, auto being CUDA where torch sees it; indexed by LOCAL_RANK."""
     kind = machine.device
     if kind == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        kind = "cpu" if found is None else found.type
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))

@@ -21,7 +21,8 @@ class TopKRouter(nn.Module):
 
     weights ``chosen``: softmax over the chosen logits (sums to 1); ``all``: probabilities of the softmax over all
     experts. noise, in training only: ``jitter`` multiplies the router's own copy of x by U(1 - scale, 1 + scale);
-    ``gaussian`` adds scale * N(0, 1) to the logits; ``learned`` adds softplus(x W_noise^T) * N(0, 1).
+    ``gaussian`` adds scale * N(0, 1) to the logits; ``learned`` adds softplus(x W_noise^T) * N(0, 1), and
+    ``noise_scale`` has no part in it.
     """
 
     def __init__(
@@ -42,12 +43,24 @@ class TopKRouter(nn.Module):
             self.noise_gate = nn.Parameter(torch.zeros(num_experts, dim, device=device))
 
     @staticmethod
-    def problems(*, num_experts: int, top_k: int = 2, weights: str = "chosen", **_: object) -> list[Problem]:
-        """Settings that would run and teach the router nothing."""
+    def problems(
+        *,
+        num_experts: int,
+        top_k: int = 2,
+        weights: str = "chosen",
+        noise: str = "none",
+        noise_scale: float = 0.01,
+    ) -> list[Problem]:
+        """Settings that would teach the router nothing, or make no noise that can be drawn."""
+        problems = []
         if top_k == 1 and weights == "chosen":
             reason = "softmax over one chosen logit is always 1, so the router would get no gradient from the model"
-            return [Problem("router.weights", weights, reason, "set router.weights=all, or router.top_k=2")]
-        return []
+            problems.append(Problem("router.weights", weights, reason, "set router.weights=all, or router.top_k=2"))
+        limit = 1.0 if noise == "jitter" else float("inf")
+        if not 0.0 <= noise_scale <= limit:
+            fix = "set router.noise_scale=0.01, say"
+            problems.append(Problem("router.noise_scale", noise_scale, f"must lie in [0, {limit:g}]", fix))
+        return problems
 
     def init_weights(self, draw: Draw, std: float) -> None:
         draw.normal_(self.gate, "gate", std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -55,6 +56,16 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
+def kill_all_of(folder: Path) -> None:
+    """kill -9 torchrun and its workers, which live in sessions of their own; all have the folder on their command
+    line.
+    """
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
 def losses(run: Path) -> dict[int, tuple[float, float]]:
     """Training loss and gradient norm by step."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
@@ -100,7 +111,7 @@ def test_kill_and_resume_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> No
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all_of(tmp_path)
     process.communicate()
     finish(start(tmp_path, *overrides))
     expected = losses(uninterrupted / "outputs" / "whole")
@@ -113,12 +124,29 @@ def test_kill_and_resume_is_bit_equal(uninterrupted: Path, tmp_path: Path) -> No
     assert [by_step[step] for step in range(1, STEPS + 1)] == [1] * resumed + [2] * (STEPS - resumed)
 
 
-@pytest.mark.parametrize(
-    "overrides", [["engine=local", "dispatch=local"], ["engine.zero_stage=3", "engine.dtype=bf16"]]
-)
-def test_one_rank_trains_with_either_engine(tmp_path: Path, overrides: list[str]) -> None:
-    out = finish(start(tmp_path, "train.steps=2", "optim.warmup_steps=1", *overrides, ranks=1))
+LOCAL = (1, ["engine=local", "dispatch=local"])
+ALONE = (1, ["engine.zero_stage=3", "engine.dtype=bf16"])
+OTHER = ["dispatch=alltoall", "capacity=dropless", "data.mask_documents=true", "experts.num_shared=1"]
+DROPLESS = (2, [*OTHER, "engine.dtype=bf16", "engine.zero_stage=2", "engine.recompute=true"])
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), [LOCAL, ALONE, DROPLESS])
+def test_other_engines_dtypes_and_dispatchers(tmp_path: Path, ranks: int, overrides: list[str]) -> None:
+    run = ["run.id=other", "train.steps=3", "optim.warmup_steps=1"]
+    out = finish(start(tmp_path, *run, *overrides, ranks=ranks))
     assert "Training is done" in out
+    first, *_, last = read_metrics(tmp_path / "outputs" / "other" / "metrics.jsonl")
+    assert last["train/lm_loss"] < first["train/lm_loss"]
+    assert last["train/skipped_steps"] == 0
+
+
+def test_another_world_size_is_one_clear_error(uninterrupted: Path) -> None:
+    process = start(uninterrupted, "run.id=whole", f"train.checkpoint_every={STEPS}", ranks=1)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (out + errors).count("moetrain: 1 problem in the configuration") == 1
+    assert "run.resume" in errors
+    assert "world_size 2" in errors
 
 
 def test_a_mistake_is_told_once_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def describe(plan: Plan) -> str:
             f"layout          {plan.world_size} ranks: EP {plan.ep_size} x expert-DP {plan.world_size // plan.ep_size},"
             f" accumulation {plan.accumulation}",
             f"on each rank    {_short(plan.local_dense)} dense + {_short(plan.local_experts)} expert parameters,"
-            f" {plan.state_bytes / GIB:.2f} GiB of weights, gradients and optimiser state (activations come on top)",
+            f" {plan.state_bytes / GIB:.2f} GiB of weights, gradients and optimiser state{_start_note(plan)}"
+            " (activations come on top)",
             f"per step        {_short(plan.tokens_per_step)} tokens; each rank sends about"
             f" {plan.exchange_bytes / GIB:.3f} GiB in the experts' all-to-all (dropless, even load)",
         ]
@@ -132,6 +133,12 @@ def main_report(config: Config, world_size: int) -> str:
     return (
         f"{describe(plan)}\ndry run         rank 0 of {world_size} built on the meta device, forward and backward done"
     )
+
+
+def _start_note(plan: Plan) -> str:
+    """The model is built whole, in fp32, before ZeRO takes its share of it: that can be the higher peak."""
+    start_bytes = 4 * (plan.local_dense + plan.local_experts)
+    return f"; {start_bytes / GIB:.2f} GiB while it starts" if start_bytes > plan.state_bytes else ""
 
 
 def _short(number: int) -> str:

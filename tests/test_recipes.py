@@ -55,3 +55,12 @@ def test_plan_by_hand() -> None:
     assert plan.state_bytes == 16 * (plan.local_dense + plan.local_experts)
     assert plan.local_experts * 2 == plan.size.routed
     assert "EP 2" in describe(plan)
+
+
+def test_plan_says_when_starting_needs_more_than_training() -> None:
+    """Under ZeRO 3 a rank's share is small, but the model is built whole before it is shared out."""
+    config = compose(["recipe=mixtral_8x22b"])
+    plan = make_plan(config, config.recipe.world)
+    whole = 4 * (plan.local_dense + plan.local_experts) / 2**30
+    assert f"{whole:.2f} GiB while it starts" in describe(plan)
+    assert "while it starts" not in describe(make_plan(compose(["recipe=quickstart"]), 2))

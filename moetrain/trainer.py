@@ -29,6 +29,7 @@ from moetrain.types import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 SAMPLE_TEMPERATURE = 0.8
+AS_SAVED = "start it with the ranks, engine and model it was saved with, or name another run.id"
 
 
 class Trainer:
@@ -136,7 +137,8 @@ class Trainer:
         try:
             found = checkpoint.load(newest, self.mesh)
         except ValueError as error:
-            raise _cannot_resume(str(error)) from error
+            fix = f"if it is damaged, delete {newest}: the run then goes on from the one before; else {AS_SAVED}"
+            raise _cannot_resume(str(error), fix) from error
         if found.extra["corpus"] != self.corpus.fingerprint:
             reason = f"{newest} was trained on another corpus ({found.extra['corpus'][:12]})"
             fix = "give the same data section, tokenizer and files"
@@ -149,7 +151,7 @@ class Trainer:
         try:
             self.engine.load_state(state)
         except ValueError as error:
-            raise _cannot_resume(str(error)) from error
+            raise _cannot_resume(str(error), AS_SAVED) from error
         checkpoint.set_rng_state(found.tensors, self.mesh.device)
         log.info("resumed after step %d", found.step)
         return found.step
@@ -181,8 +183,7 @@ def _gemm(mesh: Mesh, found: Checkpoint | None) -> GemmName:
     return "onednn" if name == "onednn" else "torch"
 
 
-def _cannot_resume(reason: str) -> ConfigError:
-    fix = "start it with the ranks, engine and model it was saved with, or name another run.id"
+def _cannot_resume(reason: str, fix: str) -> ConfigError:
     return ConfigError([Problem("run.resume", "auto", reason, fix)])
 
 

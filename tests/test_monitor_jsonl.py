@@ -84,3 +84,15 @@ def test_reserved_names_are_ours(tmp_path):
 
 def test_no_file_means_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_damaged_line_does_not_keep_a_run_from_going_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0, 0) as file:
+        file.write(1, 10, {"loss": 1.0})
+    with path.open("a") as raw:
+        raw.write("not json\n")
+    with MetricsFile(path, 1, 10) as file:
+        file.write(2, 20, {"loss": 2.0})
+    lines = [line for line in path.read_text().splitlines() if line != "not json"]
+    assert [json.loads(line)["run/segment"] for line in lines] == [1, 1, 2, 2]

@@ -94,6 +94,15 @@ def test_an_id_that_is_no_file_name(tmp_path, name):
         start(config(tmp_path, id=name))
 
 
+def test_a_damaged_record_harms_its_own_run_only(tmp_path):
+    broken = start(config(tmp_path, id="broken"), "job-1")
+    broken.record.write_text("x")
+    assert start(config(tmp_path), "job-2").path != broken.path
+    with pytest.raises(ConfigError) as caught:
+        start(config(tmp_path, id="broken"))
+    assert str(broken.record) in caught.value.problems[0].reason
+
+
 def test_a_changed_config_is_refused_naming_every_key(tmp_path):
     start(config(tmp_path, id="x"))
     changed = dataclasses.replace(

@@ -100,7 +100,10 @@ def load(path: Path, mesh: Mesh) -> Checkpoint:
 
 
 def _read(path: Path, mesh: Mesh) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / MANIFEST} is damaged: {error}") from error
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']}, this moetrain reads {FORMAT}")
     for field, mine in (("world_size", mesh.world_size), ("ep_size", mesh.ep_size)):
@@ -110,7 +113,8 @@ def _read(path: Path, mesh: Mesh) -> Checkpoint:
     said = manifest["files"][file.name]
     size, digest = file.stat().st_size, _digest(file)
     if (size, digest.hex()) != (said["bytes"], said["blake2b"]):
-        raise ValueError(f"{file} is damaged: {size} bytes where {said['bytes']} were written, or another content")
+        what = "its checksum differs" if size == said["bytes"] else f"{size} bytes where {said['bytes']} were written"
+        raise ValueError(f"{file} is damaged: {what}")
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not a map of a file that may go
     return Checkpoint(manifest["step"], tensors, manifest["extra"])
 

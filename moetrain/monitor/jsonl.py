@@ -11,6 +11,7 @@ JSON has no word for what is not finite: such values are written as the strings 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -27,8 +28,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int, tokens: int) -> None:
         """Open a new segment which continues after ``step`` (0 for a new run). A torn last line is cut off."""
         lines = _whole_lines(path)
-        segments = [row[SEGMENT] for row in _parse(path, lines)]
-        self._segment = int(max(segments, default=0)) + 1
+        self._segment = _last_segment(lines) + 1
         self._file = path.open("r+" if path.exists() else "w", encoding="utf-8", newline="\n")
         self._file.truncate(len(lines))
         self._file.seek(0, 2)
@@ -75,6 +75,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _whole_lines(path: Path) -> bytes:
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
+
+
+def _last_segment(lines: bytes) -> int:
+    """The number of the newest segment, 0 if there is none; a damaged line is no reason not to train on."""
+    numbers = [0]
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            numbers.append(int(json.loads(line)[SEGMENT]))
+    return max(numbers)
 
 
 def _parse(path: Path, lines: bytes) -> list[dict[str, float]]:

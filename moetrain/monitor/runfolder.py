@@ -144,7 +144,10 @@ def _prepare(config: Config, config_text: str, origin: Origin) -> str:
     folder.path.mkdir(parents=True, exist_ok=True)
     starts: list[dict[str, Any]] = []
     if folder.record.exists():
-        old = json.loads(folder.record.read_text())
+        old = _read(folder.record)
+        if old is None:
+            fix = "choose another run.id, or delete that file if the run is to go on all the same"
+            raise ConfigError([Problem("run.id", name, f"{folder.record} is damaged, so its config is not known", fix)])
         _agree(folder, config, old["config"])
         starts = old["starts"]
     number = len(starts) + 1
@@ -193,7 +196,8 @@ def _restarted(root: Path, origin: Origin) -> str | None:
     if origin.launch_id is None:
         return None
     for record in root.glob("*/run.json"):
-        if any(start["launch_id"] == origin.launch_id for start in json.loads(record.read_text())["starts"]):
+        found = _read(record)
+        if found is not None and any(start["launch_id"] == origin.launch_id for start in found["starts"]):
             return record.parent.name
     return None
 
@@ -242,6 +246,15 @@ def _flat(config: Config) -> dict[str, object]:
 
 def _bound(flat: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """A run.json, or None if it is damaged or not one of ours."""
+    try:
+        found = json.loads(record.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"config", "starts"} <= found.keys() else None
 
 
 def _write(path: Path, text: str) -> None:

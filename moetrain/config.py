@@ -22,7 +22,7 @@ class RunConfig:
     checkpoint.
     """
 
-    id: str | None = None
+    id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     root: str = "outputs"
     seed: int = Field(default=0, ge=0)
     resume: Literal["auto", "never", "must"] = "auto"

@@ -81,6 +81,10 @@ def _translate(section: str, schema: type, details: dict[str, Any]) -> Problem:
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         return Problem(field, value, f"must be {words} {typed(context[name])}", _instance(schema, key, field))
+    if kind == "string_pattern_mismatch":
+        return Problem(
+            field, value, "must be a plain name", "use letters, digits, '.', '_' and '-', at most 128 of them"
+        )
     if len(details["loc"]) > 1:
         return Problem(field, value, details["msg"][:1].lower() + details["msg"][1:], "correct that entry")
     return _wrong_type(schema, key, field, value, details["msg"])

@@ -248,3 +248,9 @@ def test_a_field_that_its_class_speaks_of_is_not_told_twice() -> None:
     container["router"] = {"_target_": "tests.test_config.Picky", "top_k": 99}
     (problem,) = problems_of(container)
     assert problem.reason == "isn't to my taste"
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a b", ".hidden"])
+def test_a_run_id_is_a_plain_name(name: str) -> None:
+    (problem,) = problems_of(raw(run__id=name))
+    assert (problem.field, problem.reason) == ("run.id", "must be a plain name")

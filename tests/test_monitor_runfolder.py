@@ -8,6 +8,7 @@ import logging
 import subprocess
 
 import pytest
+from pydantic import ValidationError
 
 from moetrain import config as c
 from moetrain.monitor import origin as origin_module
@@ -89,9 +90,13 @@ def test_a_restart_by_the_same_torchrun_finds_its_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../up", "a b", "", ".hidden", "x" * 129])
-def test_an_id_that_is_no_file_name(tmp_path, name):
-    with pytest.raises(ConfigError, match=r"run\.id = .*plain file name"):
-        start(config(tmp_path, id=name))
+def test_an_id_that_is_no_file_name(tmp_path, monkeypatch, name):
+    """One of the user's is refused with the rest of the config; here it comes from the launcher."""
+    monkeypatch.setenv("SLURM_JOB_ID", name)
+    with pytest.raises(ConfigError, match="plain file name"):
+        start(config(tmp_path))
+    with pytest.raises(ValidationError, match="string_pattern_mismatch"):
+        config(tmp_path, id=name)
 
 
 def test_a_damaged_record_harms_its_own_run_only(tmp_path):

@@ -38,7 +38,7 @@ def main(config: Config) -> int:
         folder = open_run_folder(
             config, text, mesh.rank, lambda t: broadcast_text(t, mesh.world_group), origin(mesh.world_size)
         )
-        _check_shared(folder, mesh)
+        check_shared(folder, mesh)
         with rank_log(folder, mesh.rank):
             Trainer(config, mesh, corpus, folder).fit()
             barrier(mesh.world_group)
@@ -47,7 +47,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def _check_shared(folder: RunFolder, mesh: Mesh) -> None:
+def check_shared(folder: RunFolder, mesh: Mesh) -> None:
     """All ranks write checkpoints into one folder: find out before the first step that some of them do not see it."""
     seen = torch.tensor([folder.record.is_file()], dtype=torch.int64, device=mesh.device)
     blind = [rank for rank, row in enumerate(gather_equal(seen, mesh.world_group).tolist()) if not row[0]]

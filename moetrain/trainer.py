@@ -138,7 +138,7 @@ class Trainer:
             found = checkpoint.load(newest, self.mesh)
         except ValueError as error:
             fix = f"if it is damaged, delete {newest}: the run then goes on from the one before; else {AS_SAVED}"
-            raise _cannot_resume(str(error), fix) from error
+            raise self._cannot_resume(str(error), fix) from error
         if found.extra["corpus"] != self.corpus.fingerprint:
             reason = f"{newest} was trained on another corpus ({found.extra['corpus'][:12]})"
             fix = "give the same data section, tokenizer and files"
@@ -151,10 +151,13 @@ class Trainer:
         try:
             self.engine.load_state(state)
         except ValueError as error:
-            raise _cannot_resume(str(error), AS_SAVED) from error
+            raise self._cannot_resume(str(error), AS_SAVED) from error
         checkpoint.set_rng_state(found.tensors, self.mesh.device)
         log.info("resumed after step %d", found.step)
         return found.step
+
+    def _cannot_resume(self, reason: str, fix: str) -> ConfigError:
+        return ConfigError([Problem("run.resume", self.config.run.resume, reason, fix)])
 
     def _close(self, saved: Path | None) -> None:
         sample = self._sample()
@@ -181,10 +184,6 @@ def _gemm(mesh: Mesh, found: Checkpoint | None) -> GemmName:
     name = broadcast_text(name, mesh.world_group)
     log.info("matrix products by %s", name)
     return "onednn" if name == "onednn" else "torch"
-
-
-def _cannot_resume(reason: str, fix: str) -> ConfigError:
-    return ConfigError([Problem("run.resume", "auto", reason, fix)])
 
 
 def _due(done: int, every: int) -> bool:

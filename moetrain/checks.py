@@ -10,12 +10,12 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter
 
 from moetrain.config import Config
-from moetrain.parts import parameters, part_problems, resolve
+from moetrain.parts import ABOUT, TARGET, parameters, part_problems, resolve
 from moetrain.problems import MISSING, field_problems, nearest, typed
 from moetrain.rules import rule_problems
-from moetrain.types import ConfigError, Problem
+from moetrain.types import ConfigError, Problem, RouterTraits
 
-CONTEXT = {"router": ("dim", "num_experts", "device"), "dispatch": ("num_experts", "mesh", "timeline")}
+CONTEXT = {"router": ("site",), "dispatch": ("num_experts", "mesh", "timeline")}
 
 
 def parse(container: dict[str, Any], world_size: int | None) -> Config:
@@ -46,11 +46,20 @@ def problems_of(container: dict[str, Any], world_size: int | None, unsure: Colle
     for name in [name for name in CONTEXT if name not in unsure]:
         allow, num_experts = values.get("machine.allow_modules", []), values.get("experts.num_experts")
         found = part_problems(name, container.get(name, {}), allow, num_experts, CONTEXT[name])
-        values |= _right_part(name, container.get(name, {}), allow, found)
+        found += [] if found or name != "router" else _no_router(container[name], allow)
+        values |= _right_part(name, container.get(name, {}), allow, num_experts, found)
         problems += found
     values = {field: value for field, value in values.items() if field.partition(".")[0] not in unsure}
     world = _world(values.get("debug.fake_world"), world_size, values.get("recipe.world"))
     return problems + _news(rule_problems(values | ({} if world is None else {"world": world})), problems)
+
+
+def traits_of(config: Config) -> RouterTraits:
+    """What the router of a checked config says of itself."""
+    found = resolve(config.router[TARGET], config.machine.allow_modules)
+    own = parameters(found, config.router, CONTEXT["router"])
+    traits: RouterTraits = found.traits(num_experts=config.experts.num_experts, **own)  # type: ignore[attr-defined]
+    return traits
 
 
 def world_of(config: Config, world_size: int | None) -> int:
@@ -91,8 +100,12 @@ def _leaves(field: str, value: object) -> list[tuple[str, object]]:
 
 
 def _given(container: dict[str, Any]) -> dict[str, Any]:
-    """``container`` without the values that are missing (``???``), which fall to the schema's defaults."""
-    return {name: {k: v for k, v in section.items() if v != MISSING} for name, section in container.items()}
+    """``container`` without what a part says of itself, and without the values that are missing (``???``), which fall
+    to the schema's defaults.
+    """
+    return {
+        name: {k: v for k, v in section.items() if v != MISSING and k != ABOUT} for name, section in container.items()
+    }
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -108,13 +121,26 @@ def _right_values(section: str, defaults: dict[str, Any], raw: object, problems:
     return {f"{section}.{key}": value for key, value in merged.items() if key not in wrong}
 
 
-def _right_part(section: str, part: object, allow: list[str], problems: list[Problem]) -> dict[str, Any]:
-    if any(problem.field in (section, f"{section}._target_") for problem in problems):
+def _right_part(
+    section: str, part: object, allow: list[str], num_experts: int | None, problems: list[Problem]
+) -> dict[str, Any]:
+    if any(problem.field in (section, f"{section}.{TARGET}") for problem in problems):
         return {}
     if problems or not isinstance(part, dict):
         return _right_values(section, {}, part, problems)
-    found = resolve(part["_target_"], allow)
-    return _right_values(section, parameters(found, part, CONTEXT[section]), part, problems)
+    found = resolve(part[TARGET], allow)
+    own = parameters(found, part, CONTEXT[section])
+    values = _right_values(section, own, part, problems)
+    if section == "router" and num_experts is not None:
+        values["router.traits"] = found.traits(num_experts=num_experts, **own)  # type: ignore[attr-defined]
+    return values
+
+
+def _no_router(part: dict[str, Any], allow: list[str]) -> list[Problem]:
+    if hasattr(resolve(part[TARGET], allow), "traits"):
+        return []
+    reason = "is no router: it has no static traits(*, num_experts, ...)"
+    return [Problem(f"router.{TARGET}", part[TARGET], reason, "subclass moetrain.moe.routers.base.Router")]
 
 
 def _news(problems: list[Problem], known: list[Problem]) -> list[Problem]:

@@ -55,33 +55,72 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class AboutPart:
+    """What a part says of itself under ``_about_``: where it was published, and the option of ``conf/balance`` that it
+    was published with.
+    """
+
+    paper: str
+    balance: str = "switch"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class ExpertsConfig:
-    """Routed experts of each MoE layer; shared ones, which every token passes: one FFN of num_shared * expert_dim."""
+    """Routed experts of each MoE layer; shared ones, which every token passes: one FFN of num_shared * expert_dim.
+
+    activation: with a gate swiglu, geglu or gpt_oss ((up + 1) * gate * sigmoid(1.702 gate)), without one relu or relu2
+    (squared). activation_limit clamps gate from above and up on both sides. shared_mode: ``add``; ``gated`` by a
+    sigmoid of the token (Qwen2-MoE); ``average`` of routed and shared (Cohere2-MoE). allow_noncausal: let a router see
+    later tokens, which makes the loss of a causal language model too good to be true.
+    """
 
     num_experts: int = Field(ge=1)
     num_shared: int = Field(default=0, ge=0)
+    activation: Literal["swiglu", "geglu", "gpt_oss", "relu", "relu2"] = "swiglu"
+    activation_limit: float | None = Field(default=None, gt=0)
+    bias: bool = False
+    shared_mode: Literal["add", "gated", "average"] = "add"
+    allow_noncausal: bool = False
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class CapacityConfig:
     """Slots per expert: ``max(even(floor(k * factor * T / E)), minimum)``; a null factor is dropless.
 
-    scope ``rank``: T is this rank's micro-batch; ``global``: that of all ranks, one small count exchange more.
+    slots_train, slots_eval: a fixed number instead of the formula. scope: T is this rank's micro-batch (``rank``), that
+    of all ranks (``global``, one small exchange more), or each sequence has its own slots (``sequence``).
+    priority, who is served first: ``choice_major`` all first choices before all second ones; ``token_major``;
+    ``probs`` the largest weights of each expert; ``batch_prioritised`` choice-major, tokens in order of their best
+    weight; ``random``. renormalise: weights of a token sum to what they summed to, over what was kept.
     """
 
     factor_train: float | None = Field(default=1.25, gt=0)
     factor_eval: float | None = Field(default=2.0, gt=0)
     minimum: int = Field(default=4, ge=1)
-    scope: Literal["rank", "global"] = "rank"
+    slots_train: int | None = Field(default=None, ge=1)
+    slots_eval: int | None = Field(default=None, ge=1)
+    scope: Literal["rank", "global", "sequence"] = "rank"
+    priority: Literal["choice_major", "token_major", "probs", "batch_prioritised", "random"] = "choice_major"
+    renormalise: bool = False
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class BalanceConfig:
-    """Router losses. Both are means over layers; the balance loss is 1.0 when the load is even."""
+    """Router losses. All are means over layers; the balance loss is 1.0 when the load is even.
+
+    device_coef, communication_coef: DeepSeek-V2's, over ``num_devices`` groups of experts (null: the EP ranks).
+    importance_coef: CV^2 of the experts' summed weights (Shazeer et al. 2017). units: what ``balance_coef`` was copied
+    from; it is converted to ours (see moetrain.moe.units).
+    """
 
     balance_coef: float = Field(default=0.01, ge=0)
     z_coef: float = Field(default=0.001, ge=0)
     scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    device_coef: float = Field(default=0.0, ge=0)
+    communication_coef: float = Field(default=0.0, ge=0)
+    importance_coef: float = Field(default=0.0, ge=0)
+    num_devices: int | None = Field(default=None, ge=1)
+    units: Literal["moetrain", "huggingface", "megatron", "megablocks", "gshard", "deepspeed", "switch"] = "moetrain"
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -1,8 +1,8 @@
 """Parts that a config names by class: found, checked against their own signature, and built.
 
-A part is a mapping with a ``_target_``, the dotted path of a class; its other keys are keyword-only parameters of that
-class. A config must not be able to run just any code, so a target is imported from moetrain and from packages that
-``machine.allow_modules`` names, and from nowhere else.
+A part is a mapping with a ``_target_``, the dotted path of a class, and perhaps an ``_about_``, which says where it
+comes from; its other keys are keyword-only parameters of that class. A config must not be able to run just any code, so
+a target is imported from moetrain and from packages that ``machine.allow_modules`` names, and from nowhere else.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from moetrain.config import STRICT, Part
+from moetrain.config import STRICT, AboutPart, Part
 from moetrain.problems import field_problems, nearest
 from moetrain.types import ConfigError, Problem
 
-TARGET = "_target_"
+TARGET, ABOUT = "_target_", "_about_"
 
 
 def resolve(target: str, allow: Sequence[str]) -> type:
@@ -62,7 +62,7 @@ def build(part: Part, allow: Sequence[str], **context: object) -> Any:
 
 def parameters(found: type, part: Part, context_names: Collection[str]) -> dict[str, Any]:
     """The user's parameters of a part that has no problems, defaults filled in."""
-    own = json.dumps({key: value for key, value in part.items() if key != TARGET})
+    own = json.dumps({key: value for key, value in part.items() if key not in (TARGET, ABOUT)})
     checked: Any = TypeAdapter(_schema(found, context_names)).validate_json(own, strict=True)
     return {field.name: getattr(checked, field.name) for field in dataclasses.fields(checked)}
 
@@ -86,10 +86,12 @@ def part_problems(
         schema = _schema(found, context_names)
     except ConfigError as error:
         return [dataclasses.replace(problem, field=f"{section}.{problem.field}") for problem in error.problems]
-    own = {key: value for key, value in part.items() if key != TARGET}
+    own = {key: value for key, value in part.items() if key not in (TARGET, ABOUT)}
     supplied = [key for key in own if key in context_names]
     problems = [_supplied(section, key, own.pop(key)) for key in supplied]
     problems += field_problems(section, schema, own)
+    if ABOUT in part:
+        problems += field_problems(f"{section}.{ABOUT}", AboutPart, part[ABOUT])
     if not problems and num_experts is not None and hasattr(found, "problems"):
         problems += found.problems(num_experts=num_experts, **parameters(found, dict(part), context_names))
     return problems

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moetrain.checks import ep_size_of
+from moetrain.checks import ep_size_of, traits_of
 from moetrain.config import Config
 from moetrain.data import load_tokenizer, prepare
-from moetrain.models.counts import SizeReport, size_report, top_k_of
+from moetrain.models.counts import SizeReport, size_report
 from moetrain.models.decoder import Decoder, is_moe_layer
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
 from moetrain.types import Batch
@@ -57,7 +57,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     num_moe = sum(is_moe_layer(model, i) for i in range(model.num_layers))
     tokens = train.micro_batch * accumulation * model.context
     bytes_per_value = 4 if config.engine.dtype == "fp32" else 2
-    copies = tokens * top_k_of(config) * model.dim * bytes_per_value
+    copies = round(tokens * traits_of(config).experts_per_token) * model.dim * bytes_per_value
     exchange = 4 * num_moe * copies * (ep_size - 1) // ep_size
     state = _state_bytes(dense, world_size, config) + _state_bytes(experts, world_size // ep_size, config)
     return Plan(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moetrain.types import Problem
+from moetrain.types import Problem, RouterTraits
 
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
 PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
@@ -43,6 +43,15 @@ def top_k_of_experts(top_k: int, num_experts: int) -> Problem | None:
         fix = f"set router.top_k={num_experts} or less, or experts.num_experts={top_k} or more"
         return Problem("router.top_k", top_k, reason, fix)
     return None
+
+
+def sees_no_later_token(traits: RouterTraits, allow_noncausal: bool) -> Problem | None:
+    if allow_noncausal or (traits.causal_train and traits.causal_eval):
+        return None
+    when = "in training" if traits.causal_eval else "in evaluation too"
+    reason = f"the router's choice for a token looks at later tokens ({when}), which a causal language model can't"
+    fix = "choose another router, or accept that its losses can't be compared: experts.allow_noncausal=true"
+    return Problem("experts.allow_noncausal", allow_noncausal, reason, fix)
 
 
 def expert_parallel(ep_size: int | None, num_experts: int, world: int) -> Problem | None:
@@ -179,6 +188,7 @@ def _ranks(world: int) -> str:
 
 RULES = (
     Rule(("router.top_k", "experts.num_experts"), top_k_of_experts),
+    Rule(("router.traits", "experts.allow_noncausal"), sees_no_later_token),
     Rule(("engine.ep_size", "experts.num_experts", "world"), expert_parallel),
     Rule(("train.global_batch", "train.micro_batch", "world"), whole_micro_batches),
     Rule(("model.num_heads", "model.num_kv_heads"), grouped_heads),

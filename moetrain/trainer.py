@@ -92,6 +92,7 @@ class Trainer:
         if not math.isfinite(norm):
             self.skipped += 1
             log.warning("step %d was skipped: the gradient norm is %s", step + 1, norm)
+        self.model.adapt_routers(moved=math.isfinite(norm))
         self.window.add_load(self.model.take_load())
         return norm
 

@@ -12,7 +12,8 @@ Counts are int64 and named ``num_*`` when they are Python ints. A mesh has axes,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,26 +37,73 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class RouterInput:
+    """What a router sees of one micro-batch. x_TD: any float dtype. tokens_BS: int64, the ids those rows came from."""
+
+    x_TD: Tensor
+    tokens_BS: Tensor
+
+
+@dataclass(frozen=True)
+class RouterSite:
+    """Where a router stands. layer: the index of its block, from 0."""
+
+    dim: int
+    num_experts: int
+    vocab_size: int
+    layer: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class RouterTraits:
+    """What a router says of itself before it is built.
+
+    experts_per_token: k, or what is expected where it is ragged; zero-compute experts are not counted. causal_train,
+    causal_eval: whether a token's choice is untouched by later tokens. ragged: rows of expert_TK may be partly invalid.
+    needs_tokens: reads token ids. noise: in training only. balance: what evens the load besides a loss.
+    """
+
+    experts_per_token: float
+    causal_train: bool = True
+    causal_eval: bool = True
+    ragged: bool = False
+    needs_tokens: bool = False
+    noise: str = "none"
+    balance: str = "none"
+
+
+@dataclass(frozen=True)
 class Routing:
     """What a router says about T tokens, before any capacity.
 
     logits_TE: fp32, the logits that the choice was made from (noise included, when there is any).
     probs_TE: fp32, rows sum to 1, over ALL experts: what the balance loss looks at.
-    expert_TK: int64, global expert ids, distinct within a row, best first.
+    expert_TK: int64, global expert ids in [0, E), distinct within a row, best first.
     weight_TK: fp32, combine weights, differentiable.
+    valid_TK: bool, which entries are assignments at all; None: all of them.
+    identity_T: fp32, the weight with which the token itself is added to the layer's output (experts that compute
+    nothing, a gate against the identity); None: not at all.
+    own_loss: scalar with a graph and its coefficient applied, what the method adds to the loss; None: nothing.
+    weight_on: whether weights multiply what experts give, or what they are given.
     """
 
     logits_TE: Tensor
     probs_TE: Tensor
     expert_TK: Tensor
     weight_TK: Tensor
+    valid_TK: Tensor | None = None
+    identity_T: Tensor | None = None
+    own_loss: Tensor | None = None
+    weight_on: Literal["output", "input"] = "output"
 
 
 @dataclass(frozen=True)
 class Placement:
     """A routing after capacity: which assignments were kept, and the slot of each in its expert.
 
-    kept_TK: bool. slot_TK: int64, the position in the expert's queue (under ``rank`` scope of this rank, under
+    routing: its weights may have been normalised anew over what was kept. kept_TK: bool, never true where an entry is
+    no assignment. slot_TK: int64, the position in the expert's queue (under ``rank`` scope of this rank, under
     ``global`` scope of the whole micro-step), also for what was dropped. capacity: slots per expert, None when nothing
     is dropped.
     """
@@ -82,17 +130,34 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Router losses, as scalars with a graph, without coefficients. ``balance`` is 1.0 when the load is even."""
+    """Router losses, as scalars with a graph. All but ``own`` are without their coefficients.
+
+    balance: 1.0 when the load is even. device, communication: the same over groups of experts and over the devices a
+    token is sent to (DeepSeek-V2), 1.0 when even. importance: squared coefficient of variation of the experts' summed
+    weights, 0 when even. z: mean squared log-partition. own: what the router's method adds, coefficient applied.
+    """
 
     balance: Tensor
+    device: Tensor
+    communication: Tensor
+    importance: Tensor
     z: Tensor
+    own: Tensor
+
+    @staticmethod
+    def zeros(device: torch.device) -> LossTerms:
+        return LossTerms(*(torch.zeros((), device=device) for _ in fields(LossTerms)))
 
     @staticmethod
     def mean(terms: list[LossTerms]) -> LossTerms:
         """The mean over layers, which is what the coefficients multiply."""
-        return LossTerms(
-            balance=torch.stack([t.balance for t in terms]).mean(), z=torch.stack([t.z for t in terms]).mean()
-        )
+        return LossTerms(*(torch.stack([getattr(t, f.name) for t in terms]).mean() for f in fields(LossTerms)))
+
+    def detach(self) -> LossTerms:
+        return LossTerms(*(getattr(self, f.name).detach() for f in fields(self)))
+
+    def named(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -107,7 +172,8 @@ class MoEOutput:
 class ModelOutput:
     """What a forward of the whole model gives back.
 
-    loss: scalar to differentiate, ``lm + balance_coef * balance + z_coef * z``. lm: scalar, mean cross-entropy in nats.
+    loss: scalar to differentiate, lm plus the router losses times their coefficients. lm: scalar, mean cross-entropy in
+    nats.
     losses: means over MoE layers (zeros for a dense model).
     """
 
@@ -118,7 +184,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class LoadCounts:
-    """Expert load of this rank since the last ``take()``: int64.
+    """Expert load of this rank since the last ``take()``: int64. Zero-compute experts are not counted.
 
     assigned_LE: assignments before dropping. kept_LE: after dropping.
     """

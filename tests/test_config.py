@@ -57,7 +57,7 @@ FIELDS = [
     ("router", "topk", 3, "no key 'topk'", "write router.top_k=3"),
     ("router", "top_k", "two", "a whole number", "router.top_k=2"),
     ("router", "noise", "jiter", "none of the options", "none | jitter | gaussian | learned; nearest is jitter"),
-    ("router", "dim", 5, "supplied by moetrain", "leave router.dim out"),
+    ("router", "site", 5, "supplied by moetrain", "leave router.site out"),
     ("router", "_target_", "os.path.Path", "outside of moetrain", "machine.allow_modules=[os]"),
     ("router", "_target_", None, "dotted path of a class", "router=NAME"),
     ("dispatch", "slots", 3, "no key 'slots'", "dispatch takes no keys"),
@@ -236,7 +236,7 @@ def test_the_report_is_read_from_top_to_bottom() -> None:
 class Picky:
     """A router whose own words on ``top_k`` are enough."""
 
-    def __init__(self, *, dim: int, num_experts: int, device: object, top_k: int) -> None: ...
+    def __init__(self, *, site: object, top_k: int) -> None: ...
 
     @staticmethod
     def problems(*, num_experts: int, top_k: int) -> list[Problem]:
@@ -248,6 +248,20 @@ def test_a_field_that_its_class_speaks_of_is_not_told_twice() -> None:
     container["router"] = {"_target_": "tests.test_config.Picky", "top_k": 99}
     (problem,) = problems_of(container)
     assert problem.reason == "isn't to my taste"
+
+
+class Lamp:
+    """No router at all."""
+
+    def __init__(self, *, site: object) -> None: ...
+
+
+def test_a_router_tells_its_traits() -> None:
+    container = raw(machine__allow_modules=["tests"])
+    container["router"] = {"_target_": "tests.test_config.Lamp"}
+    (problem,) = problems_of(container)
+    assert problem.field == "router._target_"
+    assert "traits" in problem.reason
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a b", ".hidden"])

@@ -10,15 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
-from moetrain.ops.init import Draw
-from moetrain.ops.kernels import make_kernels
-from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh, mesh_of_world
-from moetrain.types import Placement, Routing
+from moetrain.types import Placement, RouterInput, Routing
 from tests.ranks import run_ranks
-from tests.tiny import alone, tiny
+from tests.tiny import alone, ids, moe_layer, seen, tiny
 
 TOKENS = 24
 ROUTINGS = ["random", "all_to_one", "all_to_last_rank", "one_rank_silent", "nothing_kept"]
@@ -42,9 +38,9 @@ class ForcedRouter(torch.nn.Module):
         super().__init__()
         self.inner, self.expert_TK = inner, expert_TK
 
-    def forward(self, x_TD: torch.Tensor, replay: Replay) -> Routing:
-        replay.expert_TK = self.expert_TK
-        return self.inner(x_TD, replay)
+    def forward(self, given: RouterInput, replay: Replay) -> Routing:
+        replay.decisions["expert"] = self.expert_TK
+        return self.inner(given, replay)
 
 
 class ForcedCapacity(torch.nn.Module):
@@ -54,21 +50,20 @@ class ForcedCapacity(torch.nn.Module):
         super().__init__()
         self.inner, self.kept_TK = inner, kept_TK
 
-    def forward(self, routing: Routing) -> Placement:
-        placement = self.inner(routing)
+    def forward(self, routing: Routing, num_sequences: int, replay: Replay) -> Placement:
+        placement = self.inner(routing, num_sequences, replay)
         return replace(placement, kept_TK=placement.kept_TK & self.kept_TK)
 
 
 def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | None) -> dict[str, np.ndarray]:
     """Forward and backward of one layer on the tokens of ``rank``: output and all gradients."""
     config = tiny(dispatch=dispatch, capacity__factor_train=factor, capacity__minimum=2, experts__num_shared=1)
-    layer = MoELayer(config, mesh, Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
-    layer.init_weights(Draw(1), 0.2, 0.2)
+    layer = moe_layer(config, mesh)
     kept_TK = torch.full((TOKENS, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
     layer.router = ForcedRouter(layer.router, forced(kind, rank))
     layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
     x_TD = torch.randn(TOKENS, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-    out = layer(x_TD, 2, Replay())
+    out = layer(x_TD, ids(x_TD, 2), Replay())
     (out.hidden_TD.square().sum() + out.losses.balance + out.losses.z).backward()
     assert x_TD.grad is not None
     found = {"y": out.hidden_TD.detach(), "dx": x_TD.grad, "balance": out.losses.balance.detach()}
@@ -122,21 +117,20 @@ def test_one_rank_of_its_own_equals_local(dispatch: str, kind: str) -> None:
 
 def test_a_dropped_token_passes_by_unchanged() -> None:
     config = tiny(dispatch="padded", capacity__factor_train=1.0)
-    layer = MoELayer(config, alone(), Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
-    layer.init_weights(Draw(1), 0.2, 0.2)
+    layer = moe_layer(config, alone())
     kept_TK = torch.ones(TOKENS, 2, dtype=torch.bool)
     kept_TK[5] = False
     layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
-    out = layer(torch.randn(TOKENS, 16), 2, Replay())
+    x_TD = torch.randn(TOKENS, 16)
+    out = layer(x_TD, ids(x_TD, 2), Replay())
     assert (out.hidden_TD[5] == 0).all()
     assert (out.hidden_TD[6] != 0).any()
 
 
 def test_zero_tokens() -> None:
     for dispatch in ("local", "alltoall"):
-        layer = MoELayer(tiny(dispatch=dispatch), alone(), Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
-        layer.init_weights(Draw(1), 0.2, 0.2)
-        sent = layer.dispatcher(torch.zeros(0, 16), layer.capacity(layer.router(torch.zeros(0, 16), Replay())))
+        layer, nothing, replay = moe_layer(tiny(dispatch=dispatch)), torch.zeros(0, 16), Replay()
+        sent = layer.dispatcher(nothing, layer.capacity(layer.router(seen(nothing), replay), 1, replay))
         out = layer.dispatcher.combine(layer.experts(sent), sent)
         out.sum().backward()
         assert out.shape == (0, 16)

@@ -11,14 +11,14 @@ from moetrain.moe.capacity import Capacity, slots_per_expert
 from moetrain.moe.replay import Replay
 from moetrain.moe.routers.topk import TopKRouter, best_experts
 from moetrain.types import Routing
-from tests.tiny import alone
+from tests.tiny import alone, seen, site
 
 CPU = torch.device("cpu")
 
 
 def router(**settings: object) -> TopKRouter:
     torch.manual_seed(0)
-    made = TopKRouter(dim=6, num_experts=5, device=CPU, **settings)  # type: ignore[arg-type]
+    made = TopKRouter(site=site(), **settings)  # type: ignore[arg-type]
     torch.nn.init.normal_(made.gate)
     return made
 
@@ -50,7 +50,9 @@ def test_routing_is_the_seeds_weight_tensor(top_k: int, factor: float) -> None:
     torch.manual_seed(top_k)
     x_TD = torch.randn(32, 6)
     layer = router(top_k=top_k, weights="chosen")
-    placement = Capacity(CapacityConfig(factor_train=factor, minimum=1), 5, alone())(layer(x_TD, Replay()))
+    placement = Capacity(CapacityConfig(factor_train=factor, minimum=1), 5, top_k, alone())(
+        layer(seen(x_TD), Replay()), 1, Replay()
+    )
     capacity = slots_per_expert(32, top_k, 5, factor, 1)
     assert placement.capacity == capacity
     ours = torch.zeros(32, 5, capacity)
@@ -77,15 +79,15 @@ def test_slots_per_expert(tokens: int, top_k: int, experts: int, factor: float, 
 
 def test_capacity_has_separate_factors_for_training_and_eval() -> None:
     routing = routing_of(torch.zeros(40, 1, dtype=torch.int64), 4)
-    capacity = Capacity(CapacityConfig(factor_train=1.0, factor_eval=2.0, minimum=1), 4, alone())
-    assert int(capacity(routing).kept_TK.sum()) == 10
-    assert int(capacity.eval()(routing).kept_TK.sum()) == 20
+    capacity = Capacity(CapacityConfig(factor_train=1.0, factor_eval=2.0, minimum=1), 4, 1, alone())
+    assert int(capacity(routing, 1, Replay()).kept_TK.sum()) == 10
+    assert int(capacity.eval()(routing, 1, Replay()).kept_TK.sum()) == 20
 
 
 def test_kept_and_dropped_conserve_and_slots_are_unique() -> None:
     torch.manual_seed(0)
     routing = routing_of(torch.rand(50, 6).pow(3).topk(2).indices, 6)
-    placement = Capacity(CapacityConfig(factor_train=0.7, minimum=1), 6, alone())(routing)
+    placement = Capacity(CapacityConfig(factor_train=0.7, minimum=1), 6, 2, alone())(routing, 1, Replay())
     taken = [
         (e, s) for e, s in zip(routing.expert_TK[placement.kept_TK], placement.slot_TK[placement.kept_TK], strict=True)
     ]
@@ -96,9 +98,9 @@ def test_kept_and_dropped_conserve_and_slots_are_unique() -> None:
 
 def test_weights_over_chosen_sum_to_one_and_over_all_are_probabilities() -> None:
     x_TD = torch.randn(9, 6)
-    chosen = router(top_k=2)(x_TD, Replay())
+    chosen = router(top_k=2)(seen(x_TD), Replay())
     torch.testing.assert_close(chosen.weight_TK.sum(-1), torch.ones(9))
-    every = router(top_k=2, weights="all")(x_TD, Replay())
+    every = router(top_k=2, weights="all")(seen(x_TD), Replay())
     torch.testing.assert_close(every.weight_TK, every.probs_TE.gather(1, every.expert_TK))
 
 
@@ -108,7 +110,7 @@ def test_ties_go_to_the_lower_expert() -> None:
 
 def test_trap10_logits_are_fp32_under_a_bf16_gate() -> None:
     layer = router(top_k=2).to(torch.bfloat16)
-    routing = layer(torch.randn(4, 6, dtype=torch.bfloat16), Replay())
+    routing = layer(seen(torch.randn(4, 6, dtype=torch.bfloat16)), Replay())
     assert routing.logits_TE.dtype == routing.weight_TK.dtype == routing.probs_TE.dtype == torch.float32
 
 
@@ -117,10 +119,10 @@ def test_trap_t12_noise_in_training_and_none_in_eval(noise: str) -> None:
     layer = router(noise=noise, noise_scale=0.3)
     x_TD = torch.randn(64, 6)
     kept = x_TD.clone()
-    first, second = layer(x_TD, Replay()), layer(x_TD, Replay())
+    first, second = layer(seen(x_TD), Replay()), layer(seen(x_TD), Replay())
     assert not torch.equal(first.logits_TE, second.logits_TE)
     layer.eval()
-    first, second = layer(x_TD, Replay()), layer(x_TD, Replay())
+    first, second = layer(seen(x_TD), Replay()), layer(seen(x_TD), Replay())
     assert torch.equal(first.logits_TE, second.logits_TE)
     torch.testing.assert_close(first.logits_TE, x_TD @ layer.gate.t())
     assert torch.equal(x_TD, kept), "jitter must not leak into what the experts see"
@@ -128,7 +130,7 @@ def test_trap_t12_noise_in_training_and_none_in_eval(noise: str) -> None:
 
 def test_learned_noise_gets_a_gradient() -> None:
     layer = router(noise="learned")
-    layer(torch.randn(64, 6), Replay()).weight_TK[:, 0].sum().backward()
+    layer(seen(torch.randn(64, 6)), Replay()).weight_TK[:, 0].sum().backward()
     assert layer.noise_gate.grad is not None
     assert layer.noise_gate.grad.abs().sum() > 0
 
@@ -136,7 +138,7 @@ def test_learned_noise_gets_a_gradient() -> None:
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_k": 1, "weights": "all"}])
 def test_trap_t13_router_gets_a_gradient_without_any_balance_loss(settings: dict[str, object]) -> None:
     layer = router(**settings)
-    layer(torch.randn(16, 6), Replay()).weight_TK[:, 0].sum().backward()
+    layer(seen(torch.randn(16, 6)), Replay()).weight_TK[:, 0].sum().backward()
     assert layer.gate.grad is not None
     assert layer.gate.grad.abs().sum() > 1e-3
 
@@ -179,7 +181,7 @@ def test_trap17_layers_that_collapse_on_different_experts_do_not_cancel() -> Non
 def test_balance_counts_are_taken_before_dropping() -> None:
     """The loss sees the routing alone, so it cannot be calmed by dropping what is too much."""
     routing = routing_of(torch.zeros(40, 1, dtype=torch.int64), 4)
-    Capacity(CapacityConfig(factor_train=0.5, minimum=1), 4, alone())(routing)
+    Capacity(CapacityConfig(factor_train=0.5, minimum=1), 4, 1, alone())(routing, 1, Replay())
     loss = Balance(BalanceConfig(), 4, alone())(routing, 1, torch.zeros(4, dtype=torch.int64))
     assert loss.balance.item() == pytest.approx(4 * routing.probs_TE[:, 0].mean().item(), rel=1e-5)
 
@@ -196,6 +198,6 @@ def test_global_batch_counts_run_on_over_micro_batches() -> None:
 def test_replay_keeps_the_first_choice() -> None:
     replay, layer = Replay(), router(noise="gaussian", noise_scale=5.0)
     x_TD = torch.randn(64, 6)
-    first = layer(x_TD, replay).expert_TK
-    assert torch.equal(layer(x_TD, replay).expert_TK, first)
-    assert not torch.equal(layer(x_TD, Replay()).expert_TK, first)
+    first = layer(seen(x_TD), replay).expert_TK
+    assert torch.equal(layer(seen(x_TD), replay).expert_TK, first)
+    assert not torch.equal(layer(seen(x_TD), Replay()).expert_TK, first)

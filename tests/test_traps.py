@@ -25,23 +25,19 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.monitor.balance import summarise
 from moetrain.ops.grouped_mm import grouped_swiglu
-from moetrain.ops.init import Draw
-from moetrain.ops.kernels import Kernels, make_kernels
-from moetrain.ops.timeline import Timeline
+from moetrain.ops.kernels import Kernels
 from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import LoadCounts
 from tests.ranks import run_ranks
-from tests.tiny import alone, tiny
+from tests.tiny import ids, moe_layer, seen, tiny
 
 CPU = torch.device("cpu")
 
 
 def layer_of(dispatch: str, factor: float | None) -> MoELayer:
     config = tiny(dispatch=dispatch, capacity__factor_train=factor)
-    layer = MoELayer(config, alone(), Timeline(CPU, enabled=False), make_kernels(CPU, "torch"))
-    layer.init_weights(Draw(0), 0.2, 0.2)
-    return layer
+    return moe_layer(config)
 
 
 def test_trap18_counts_are_added_before_ratios_are_taken() -> None:
@@ -70,8 +66,8 @@ def test_trap24_host_reads_of_a_dispatch(
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     x_TD = torch.randn(24, 16, requires_grad=True)
     with HostReads() as hidden:
-        routing = layer.router(x_TD, Replay())
-        placement = layer.capacity(routing)
+        routing = layer.router(seen(x_TD), Replay())
+        placement = layer.capacity(routing, 2, Replay())
         layer.load.record(placement)
         layer.balance(routing, 2, layer.load.pending_2E[0])
         sent = layer.dispatcher(x_TD, placement)
@@ -122,7 +118,8 @@ def test_trap25_an_expanded_gradient_goes_through_the_layer(dispatch: str) -> No
     """``sum().backward()`` hands down a gradient of stride 0, which a grouped product would refuse."""
     layer = layer_of(dispatch, None)
     layer.experts.kernels = Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
-    layer(torch.randn(24, 16), 2, Replay()).hidden_TD.sum().backward()
+    x_TD = torch.randn(24, 16)
+    layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD.sum().backward()
     assert layer.experts.down.grad is not None
     assert layer.experts.down.grad.abs().sum() > 0
 
@@ -141,7 +138,7 @@ def test_trap19_capacity_follows_from_the_configuration_alone() -> None:
     layer = layer_of("padded", 1.0)
     shapes = set()
     for scale in (0.0, 1.0, 100.0):
-        placement = layer.capacity(layer.router(torch.randn(24, 16) * scale, Replay()))
+        placement = layer.capacity(layer.router(seen(torch.randn(24, 16) * scale), Replay()), 1, Replay())
         shapes.add((placement.capacity, layer.dispatcher(torch.randn(24, 16), placement).rows_RD.shape))
     assert shapes == {(slots_per_expert(24, 2, 8, 1.0, 4), torch.Size([8 * 6, 16]))}
 
@@ -163,8 +160,9 @@ def test_trap11_counts_are_int64_and_do_not_saturate() -> None:
     """bf16 counters stop growing at 256."""
     layer = layer_of("local", None)
     for _ in range(40):
-        layer(torch.randn(24, 16), 2, Replay())
-        layer.load.commit()
+        x_TD = torch.randn(24, 16)
+        layer(x_TD, ids(x_TD, 2), Replay())
+        layer.commit()
     taken_2E = layer.load.take()
     assert taken_2E.dtype == torch.int64
     assert taken_2E.sum(1).tolist() == [40 * 48, 40 * 48]

@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from moetrain.config import Config
+from moetrain.moe.layer import MoELayer
+from moetrain.ops.init import Draw
+from moetrain.ops.kernels import make_kernels
+from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import Batch
+from moetrain.types import Batch, RouterInput, RouterSite
 
 VOCAB = 64
 TARGETS = {
@@ -58,6 +63,30 @@ def tiny(**changes: Any) -> Config:
 def alone() -> Mesh:
     """One process."""
     return Mesh(rank=0, world_size=1, ep_size=1, device=torch.device("cpu"))
+
+
+def moe_layer(config: Config, mesh: Mesh | None = None) -> MoELayer:
+    """An MoE layer with weights, by torch's own kernels."""
+    mesh = mesh or alone()
+    timeline, kernels = Timeline(mesh.device, enabled=False), make_kernels(mesh.device, "torch")
+    layer = MoELayer(config, mesh, timeline, kernels, VOCAB, 0)
+    layer.init_weights(Draw(1), 0.2, 0.2)
+    return layer
+
+
+def site(dim: int = 6, num_experts: int = 5) -> RouterSite:
+    """Where a router under test stands."""
+    return RouterSite(dim, num_experts, VOCAB, 0, torch.device("cpu"))
+
+
+def seen(x_TD: Tensor, num_sequences: int = 1) -> RouterInput:
+    """A router's input of tokens whose ids do not matter."""
+    return RouterInput(x_TD, ids(x_TD, num_sequences))
+
+
+def ids(x_TD: Tensor, num_sequences: int = 1) -> Tensor:
+    """Token ids for rows that no embedding made, int64 [num_sequences, T / num_sequences]."""
+    return (torch.arange(x_TD.shape[0]) % VOCAB).view(num_sequences, -1)
 
 
 def tokens(num_sequences: int, context: int, seed: int = 0) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class ToyMoE(nn.Module):
         back_RD = all_to_all_rows(y_RD.contiguous(), None, None, self.mesh.ep_group)
         out_TD = back_RD.view(groups, *x_TD.shape).sum(0)
         balance = NUM_EXPERTS * routing.probs_TE.square().sum(-1).mean()
-        return MoEOutput(out_TD, LossTerms(balance, routing.logits_TE.logsumexp(-1).square().mean()))
+        z = routing.logits_TE.logsumexp(-1).square().mean()
+        return MoEOutput(out_TD, replace(LossTerms.zeros(x_TD.device), balance=balance, z=z))
 
 
 class Toy(nn.Module):

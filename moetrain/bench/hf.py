@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.engine.base import weight_dtype
-from moetrain.models.counts import top_k_of
 from moetrain.types import Batch, ConfigError, Problem
 
 
@@ -64,7 +64,7 @@ def _mixtral(config: Config, vocab_size: int) -> nn.Module:
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         num_local_experts=config.experts.num_experts,
-        num_experts_per_tok=top_k_of(config),
+        num_experts_per_tok=int(traits_of(config).experts_per_token),
         max_position_embeddings=model.context,
         tie_word_embeddings=model.tied_embeddings,
         router_aux_loss_coef=config.balance.balance_coef,

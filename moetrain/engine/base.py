@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetrain.config import EngineConfig, OptimConfig
-from moetrain.types import Batch, LossTerms, ModelOutput
+from moetrain.types import Batch, ModelOutput
 
 
 class Engine(Protocol):
@@ -99,8 +99,7 @@ def weight_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
 
 def detached(output: ModelOutput) -> ModelOutput:
     """The same numbers without their graph."""
-    losses = LossTerms(output.losses.balance.detach(), output.losses.z.detach())
-    return ModelOutput(output.loss.detach(), output.lm.detach(), losses)
+    return ModelOutput(output.loss.detach(), output.lm.detach(), output.losses.detach())
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.models.decoder import is_moe_layer
+from moetrain.parts import build
+from moetrain.types import RouterSite
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,11 @@ class SizeReport:
         return self.active - self.embedding
 
 
-def top_k_of(config: Config) -> int:
-    """Experts per token, as the router's configuration says (the parts' default is 2)."""
-    return int(config.router.get("top_k", 2))
+def router_parameters(config: Config) -> int:
+    """Trained parameters of one router, counted on a router without memory."""
+    site = RouterSite(config.model.dim, config.experts.num_experts, 1, 0, torch.device("meta"))
+    router = build(config.router, config.machine.allow_modules, site=site)
+    return sum(parameter.numel() for parameter in router.parameters())
 
 
 def attention_parameters(config: Config) -> int:
@@ -43,19 +50,18 @@ def attention_parameters(config: Config) -> int:
 
 def size_report(config: Config, vocab_size: int) -> SizeReport:
     """Count a decoder with ``vocab_size`` tokens."""
-    m, experts, top_k = config.model, config.experts, top_k_of(config)
+    m, experts, top_k = config.model, config.experts, traits_of(config).experts_per_token
     num_moe = sum(is_moe_layer(m, i) for i in range(m.num_layers))
     num_dense = m.num_layers - num_moe
     expert = 3 * m.dim * m.expert_dim
-    gates = 2 if config.router.get("noise") == "learned" else 1
     routed = num_moe * experts.num_experts * expert
     embedding = vocab_size * m.dim
     head = 0 if m.tied_embeddings else embedding
     norms = (2 * m.num_layers + 1) * m.dim
-    per_moe_layer = gates * experts.num_experts * m.dim + experts.num_shared * expert
+    per_moe_layer = router_parameters(config) + experts.num_shared * expert
     dense = m.num_layers * attention_parameters(config) + num_dense * 3 * m.dim * m.ffn_dim + num_moe * per_moe_layer
     total = embedding + head + norms + dense + routed
-    active = total - routed + num_moe * top_k * expert
+    active = total - routed + round(num_moe * top_k * expert)
     in_products = active - norms - (0 if m.tied_embeddings else embedding)
     attention = m.num_layers * 2 * m.num_heads * m.head_dim * m.context // 2
     return SizeReport(total, active, embedding, routed, flops_per_token=6 * (in_products + attention))

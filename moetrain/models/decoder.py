@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config import Config, ModelConfig
 from moetrain.models.attention import Attention, RMSNorm, document_mask, rotary_tables
+from moetrain.moe.adapt import adapt
+from moetrain.moe.balance import weighted
 from moetrain.moe.experts import FeedForward
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
@@ -37,7 +39,9 @@ class BlockOutput:
 class Block(nn.Module):
     """Pre-norm: attention, then a dense or an MoE feed-forward; both add to the residual."""
 
-    def __init__(self, config: Config, index: int, mesh: Mesh, timeline: Timeline, kernels: Kernels) -> None:
+    def __init__(
+        self, config: Config, index: int, mesh: Mesh, timeline: Timeline, kernels: Kernels, vocab_size: int
+    ) -> None:
         super().__init__()
         model = config.model
         self.timeline = timeline
@@ -46,7 +50,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
         self.is_moe = is_moe_layer(model, index)
         if self.is_moe:
-            self.moe = MoELayer(config, mesh, timeline, kernels)
+            self.moe = MoELayer(config, mesh, timeline, kernels, vocab_size, index)
         else:
             self.ffn = FeedForward(model.dim, model.ffn_dim, mesh.device, kernels)
 
@@ -57,14 +61,16 @@ class Block(nn.Module):
         else:
             self.ffn.init_weights(draw.of("ffn"), std, std_out)
 
-    def forward(self, x_BSD: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None, replay: Replay) -> BlockOutput:
+    def forward(
+        self, x_BSD: Tensor, tokens_BS: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None, replay: Replay
+    ) -> BlockOutput:
         through = self.timeline.through
         normed_BSD = through(self.attention_norm(x_BSD), "rest", "attention")
         x_BSD = x_BSD + through(self.attention(normed_BSD, tables_2Sd, mask_B1SS), "attention", "rest")
         normed_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return BlockOutput(x_BSD + self.ffn(normed_BSD), None)
-        out = self.moe(normed_BSD.flatten(0, 1), x_BSD.shape[0], replay)
+        out = self.moe(normed_BSD.flatten(0, 1), tokens_BS, replay)
         return BlockOutput(x_BSD + out.hidden_TD.view_as(x_BSD), out.losses)
 
 
@@ -82,11 +88,11 @@ class Decoder(nn.Module):
         """Without a ``timeline`` nothing is timed; without ``kernels`` torch's own are used."""
         super().__init__()
         model = config.model
-        self.config, self.context = config, model.context
+        self.config, self.mesh, self.context = config, mesh, model.context
         self.timeline = timeline or Timeline(mesh.device, enabled=False)
         self.kernels = kernels or make_kernels(mesh.device, "torch")
         self.embedding = nn.Embedding(vocab_size, model.dim, device=mesh.device)
-        blocks = [Block(config, i, mesh, self.timeline, self.kernels) for i in range(model.num_layers)]
+        blocks = [Block(config, i, mesh, self.timeline, self.kernels, vocab_size) for i in range(model.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
         if not model.tied_embeddings:
@@ -114,9 +120,7 @@ class Decoder(nn.Module):
         lm = torch.nn.functional.cross_entropy(logits_TV, batch.targets_BS.flatten())
         lm = self.timeline.through(lm, "vocabulary", "rest")
         losses = LossTerms.mean(terms)
-        balance = self.config.balance
-        loss = lm + balance.balance_coef * losses.balance + balance.z_coef * losses.z
-        return ModelOutput(loss, lm, losses)
+        return ModelOutput(lm + weighted(losses, self.config.balance), lm, losses)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """[B, S] -> fp32 [B, S, V]."""
@@ -129,7 +133,7 @@ class Decoder(nn.Module):
         recompute = self.config.engine.recompute and torch.is_grad_enabled()
         terms = []
         for block in self.blocks:
-            args = (x_BSD, tables_2Sd, mask_B1SS, Replay())
+            args = (x_BSD, tokens_BS, tables_2Sd, mask_B1SS, Replay())
             out = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             x_BSD = out.hidden_BSD
             if out.losses is not None:
@@ -151,7 +155,15 @@ class Decoder(nn.Module):
     def commit_load(self) -> None:
         """Count the expert load of the micro-batch just done; once after each training micro-batch."""
         for layer in self.moe_layers():
-            layer.load.commit()
+            layer.commit()
+
+    def adapt_routers(self, moved: bool) -> None:
+        """After an optimiser step and before ``take_load``: routers adjust what the gradient does not train.
+
+        ``moved``: whether the weights were updated. Collective where the routers adapt.
+        """
+        layers = self.moe_layers()
+        adapt([m.router for m in layers], [m.load for m in layers], [m.observed for m in layers], self.mesh, moved)
 
     def take_load(self) -> LoadCounts:
         """This rank's expert load since the last take; call it after every optimiser step."""

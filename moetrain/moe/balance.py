@@ -15,6 +15,8 @@ The scope is the set of tokens that f and P are means over:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,18 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     return torch.logsumexp(logits_TE, dim=-1).square().mean()
 
 
+def weighted(losses: LossTerms, config: BalanceConfig) -> Tensor:
+    """Scalar: the losses times their coefficients, to be added to the language loss."""
+    return (
+        config.balance_coef * losses.balance
+        + config.device_coef * losses.device
+        + config.communication_coef * losses.communication
+        + config.importance_coef * losses.importance
+        + config.z_coef * losses.z
+        + losses.own
+    )
+
+
 class Balance(nn.Module):
     """Computes both losses of one layer; coefficients are applied where all layers are known."""
 
@@ -47,7 +61,9 @@ class Balance(nn.Module):
         only).
         """
         share, probs = self._share_and_probs(routing, num_sequences, earlier_E)
-        return LossTerms(balance=balance_loss(share, probs), z=z_loss(routing.logits_TE))
+        zero = LossTerms.zeros(routing.logits_TE.device)
+        own = zero.own if routing.own_loss is None else routing.own_loss
+        return replace(zero, balance=balance_loss(share, probs), z=z_loss(routing.logits_TE), own=own)
 
     def _share_and_probs(self, routing: Routing, num_sequences: int, earlier_E: Tensor) -> tuple[Tensor, Tensor]:
         if self.scope == "sequence":

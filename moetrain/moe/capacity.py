@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import CapacityConfig
+from moetrain.moe.replay import Replay
 from moetrain.ops.slots import count_by_choice, queue_positions
 from moetrain.parallel.collectives import gather_equal
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import Placement, Routing
 
 
-def slots_per_expert(num_tokens: int, top_k: int, num_experts: int, factor: float, minimum: int) -> int:
+def slots_per_expert(num_tokens: int, top_k: float, num_experts: int, factor: float, minimum: int) -> int:
     """``max(even(floor(k * factor * T / E)), minimum)``: rounded down, then up to an even number."""
     slots = math.floor(top_k * factor * num_tokens / num_experts)
     return max(slots + slots % 2, minimum)
@@ -28,21 +29,24 @@ class Capacity(nn.Module):
     queue that one process would have made of the whole micro-step.
     """
 
-    def __init__(self, config: CapacityConfig, num_experts: int, mesh: Mesh) -> None:
+    def __init__(self, config: CapacityConfig, num_experts: int, experts_per_token: float, mesh: Mesh) -> None:
         super().__init__()
         self.config, self.num_experts, self.mesh = config, num_experts, mesh
+        self.experts_per_token = experts_per_token
 
-    def forward(self, routing: Routing) -> Placement:
-        """Routing of T tokens -> the same with a slot for each assignment."""
+    def forward(self, routing: Routing, num_sequences: int, replay: Replay) -> Placement:
+        """Routing of T tokens of ``num_sequences`` equally long sequences -> the same with a slot for each
+        assignment.
+        """
         factor = self.config.factor_train if self.training else self.config.factor_eval
         slot_TK = queue_positions(routing.expert_TK, self.num_experts)
         if factor is None:
             return Placement(routing, torch.ones_like(routing.expert_TK, dtype=torch.bool), slot_TK, None)
-        num_tokens, top_k = routing.expert_TK.shape
+        num_tokens = routing.expert_TK.shape[0]
         if self.config.scope == "global":
             slot_TK = slot_TK + self._before_me(routing.expert_TK)
             num_tokens *= self.mesh.world_size
-        slots = slots_per_expert(num_tokens, top_k, self.num_experts, factor, self.config.minimum)
+        slots = slots_per_expert(num_tokens, self.experts_per_token, self.num_experts, factor, self.config.minimum)
         return Placement(routing, slot_TK < slots, slot_TK, slots)
 
     def _before_me(self, expert_TK: Tensor) -> Tensor:

@@ -8,37 +8,45 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from moetrain.checks import traits_of
 from moetrain.config import Config
+from moetrain.moe.adapt import Observed
 from moetrain.moe.balance import Balance
 from moetrain.moe.capacity import Capacity
 from moetrain.moe.experts import Experts, FeedForward
 from moetrain.moe.load import ExpertLoad
 from moetrain.moe.replay import Replay
+from moetrain.moe.routers.base import Router
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import Kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.parts import build
-from moetrain.types import MoEOutput
+from moetrain.types import MoEOutput, RouterInput, RouterSite
 
 
 class MoELayer(nn.Module):
     """One feed-forward layer with ``num_experts`` experts, of which this rank holds ``num_experts / ep_size``."""
 
-    def __init__(self, config: Config, mesh: Mesh, timeline: Timeline, kernels: Kernels) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, timeline: Timeline, kernels: Kernels, vocab_size: int, layer: int
+    ) -> None:
+        """layer: the index of the block it stands in."""
         super().__init__()
         num_experts, allow = config.experts.num_experts, config.machine.allow_modules
         dim, expert_dim = config.model.dim, config.model.expert_dim
         num_local = num_experts // mesh.ep_size
         self.timeline = timeline
-        self.router = build(config.router, allow, dim=dim, num_experts=num_experts, device=mesh.device)
-        self.capacity = Capacity(config.capacity, num_experts, mesh)
+        site = RouterSite(dim, num_experts, vocab_size, layer, mesh.device)
+        self.router: Router = build(config.router, allow, site=site)
+        self.capacity = Capacity(config.capacity, num_experts, traits_of(config).experts_per_token, mesh)
         self.dispatcher = build(config.dispatch, allow, num_experts=num_experts, mesh=mesh, timeline=timeline)
         self.experts = Experts(dim, expert_dim, num_local, mesh.ep_rank * num_local, mesh.device, kernels)
         num_shared = config.experts.num_shared
         self.shared = FeedForward(dim, num_shared * expert_dim, mesh.device, kernels) if num_shared else None
         self.balance = Balance(config.balance, num_experts, mesh)
         self.load = ExpertLoad(num_experts, mesh.device)
+        self.observed = Observed()
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
         self.router.init_weights(draw.of("router"), std)
@@ -46,12 +54,12 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             self.shared.init_weights(draw.of("shared"), std, std_out)
 
-    def forward(self, x_TD: Tensor, num_sequences: int, replay: Replay) -> MoEOutput:
-        """[T, D], tokens of ``num_sequences`` sequences of equal length -> [T, D] to be added to the residual."""
-        through = self.timeline.through
+    def forward(self, x_TD: Tensor, tokens_BS: Tensor, replay: Replay) -> MoEOutput:
+        """[T, D], and the ids of those tokens, whose rows are sequences -> [T, D] to be added to the residual."""
+        through, num_sequences = self.timeline.through, tokens_BS.shape[0]
         x_TD = through(x_TD, "rest", "route")
-        routing = self.router(x_TD, replay)
-        placement = self.capacity(routing)
+        placement = self.capacity(self.router(RouterInput(x_TD, tokens_BS), replay), num_sequences, replay)
+        routing = placement.routing
         if self.training:
             self.load.record(placement)
         losses = self.balance(routing, num_sequences, self.load.pending_2E[0])
@@ -59,6 +67,14 @@ class MoELayer(nn.Module):
         sent = replace(sent, rows_RD=through(sent.rows_RD, "dispatch", "experts"))
         rows_RD = through(self.experts(sent), "experts", "combine")
         out_TD = through(self.dispatcher.combine(rows_RD, sent), "combine", "rest")
+        if routing.identity_T is not None:
+            out_TD = out_TD + (routing.identity_T.unsqueeze(1) * x_TD).to(x_TD.dtype)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return MoEOutput(out_TD, losses)
+
+    def commit(self) -> None:
+        """Count the micro-batch just done, once."""
+        self.load.commit()
+        if self.router.adapts:
+            self.observed.commit(self.router)

@@ -23,8 +23,9 @@ class ExpertLoad:
     def record(self, placement: Placement) -> None:
         """Assign the counts of this micro-batch."""
         num_experts = self.pending_2E.shape[1]
-        assigned_E = count_experts(placement.routing.expert_TK, num_experts)
-        kept_E = count_experts(placement.routing.expert_TK, num_experts, placement.kept_TK)
+        routing = placement.routing
+        assigned_E = count_experts(routing.expert_TK, num_experts, routing.valid_TK)
+        kept_E = count_experts(routing.expert_TK, num_experts, placement.kept_TK)
         self._latest_2E = torch.stack([assigned_E, kept_E])
 
     def commit(self) -> None:

@@ -1,9 +1,9 @@
-"""Choices of one forward, kept so that activation recompute cannot choose otherwise."""
+"""Decisions of one forward, kept so that activation recompute cannot decide otherwise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,10 +15,10 @@ class Replay:
     A near-tie that falls the other way in recompute would change shapes, or worse, only the gradient.
     """
 
-    expert_TK: Tensor | None = None
+    decisions: dict[str, Tensor] = field(default_factory=dict)
 
-    def choose(self, select: Callable[[], Tensor]) -> Tensor:
-        """What ``select`` chose the first time. expert_TK: int64."""
-        if self.expert_TK is None:
-            self.expert_TK = select()
-        return self.expert_TK
+    def once(self, name: str, decide: Callable[[], Tensor]) -> Tensor:
+        """What ``decide`` (no gradient) gave the first time that ``name`` was asked for in this forward."""
+        if name not in self.decisions:
+            self.decisions[name] = decide()
+        return self.decisions[name]

@@ -77,8 +77,8 @@ class Recorder:
         """The window that ends with step ``done``; phases: seconds since the last drain."""
         self._skipped = int(numbers["train/skipped_steps"])
         tokens_per_second = self._steps * self._tokens_per_step / self._seconds
-        row = {"train/loss": means.loss, "train/lm_loss": means.lm, "train/balance_loss": means.balance}
-        row |= {"train/z_loss": means.z, **numbers, "perf/tokens_per_second": tokens_per_second}
+        row = {"train/loss": means.loss, "train/lm_loss": means.lm, **self._terms("train", means)}
+        row |= {**numbers, "perf/tokens_per_second": tokens_per_second}
         row |= {"perf/step_seconds": self._seconds / self._steps}
         row |= {f"time/{name}_seconds": seconds / self._steps for name, seconds in phases.items()}
         if (mfu := self._mfu(tokens_per_second)) is not None:
@@ -94,7 +94,7 @@ class Recorder:
     def validation(self, done: int, means: WindowMeans) -> None:
         """Mean validation losses after step ``done``."""
         self._validation = means.lm
-        self._write(done, {"validation/lm_loss": means.lm, "validation/balance_loss": means.balance})
+        self._write(done, {"validation/lm_loss": means.lm, **self._terms("validation", means)})
         if self._progress is not None:
             self._progress.say(f"step {done}: validation loss {means.lm:.3f}")
 
@@ -112,6 +112,10 @@ class Recorder:
         report = self._report(self._last, sample, memory, saved, notes)
         Console().print(closing_report(report, shutil.get_terminal_size().columns))
         write_report(report, self._folder.report)
+
+    def _terms(self, phase: str, means: WindowMeans) -> dict[str, float]:
+        """Router losses. Those beside balance and z are zero, and not told, in a run that does not use them."""
+        return {f"{phase}/{name}_loss": v for name, v in means.terms.items() if v != 0.0 or name in ("balance", "z")}
 
     def _write(self, done: int, row: Mapping[str, float]) -> None:
         tokens = done * self._tokens_per_step

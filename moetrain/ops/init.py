@@ -26,6 +26,11 @@ class Draw:
         """N(0, std) into the parameter called ``name`` of this module."""
         self._fill(weight, name, std)
 
+    def generator(self, name: str) -> torch.Generator:
+        """On the CPU, a function of (seed, path of the module, name): for tables and other initial values."""
+        digest = hashlib.sha256(f"{self.seed}/{self.prefix}{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
     def experts_(self, weight_eXX: Tensor, name: str, std: float, first_expert: int) -> None:
         """N(0, std) into stacked expert weights, whose first slice is the global expert ``first_expert``."""
         for local, weight in enumerate(weight_eXX.detach().unbind(0)):
@@ -34,7 +39,6 @@ class Draw:
     def _fill(self, weight: Tensor, name: str, std: float) -> None:
         if weight.is_meta:
             return
-        digest = hashlib.sha256(f"{self.seed}/{self.prefix}{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         with torch.no_grad():
-            weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+            values = torch.empty(weight.shape, dtype=torch.float32)
+            weight.copy_(values.normal_(0.0, std, generator=self.generator(name)))

@@ -50,13 +50,13 @@ class AllToAllDispatcher(Dispatcher):
         from_Ge = exchange_counts(to_Ge, self.mesh.ep_group)
         send, receive = torch.stack([to_Ge.sum(1), from_Ge.sum(1)]).tolist()
         rows = rows_by_expert(placement, self.num_experts, sum(send))
-        arrived_RD = self.exchange(rows_of_tokens(x_TD, rows), send, receive, "dispatch")
+        arrived_RD = self.exchange(self.outgoing(x_TD, placement, rows), send, receive, "dispatch")
         order_R = expert_major(from_Ge, sum(receive))
         arrival_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
         by_expert_RD = reorder(arrived_RD, order_R, arrival_R)
         ends_e = from_Ge.sum(0).cumsum(0).to(torch.int32)
         return AllToAllDispatched(
-            by_expert_RD, ends_e, None, placement.routing.weight_TK, rows, send, receive, arrival_R
+            by_expert_RD, ends_e, None, self.home_weights(placement), rows, send, receive, arrival_R
         )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:

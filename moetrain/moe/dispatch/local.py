@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.dispatch.base import Dispatcher
-from moetrain.ops.permute import RowMap, rows_of_tokens, tokens_of_rows
+from moetrain.ops.permute import RowMap, tokens_of_rows
 from moetrain.ops.slots import count_experts
 from moetrain.types import Dispatched, Placement
 
@@ -37,7 +37,7 @@ class LocalDispatcher(Dispatcher):
         counts_E = count_experts(placement.routing.expert_TK, self.num_experts, placement.kept_TK)
         rows = rows_by_expert(placement, self.num_experts, int(counts_E.sum()))
         ends_e = counts_E.cumsum(0).to(torch.int32)
-        return LocalDispatched(rows_of_tokens(x_TD, rows), ends_e, None, placement.routing.weight_TK, rows)
+        return LocalDispatched(self.outgoing(x_TD, placement, rows), ends_e, None, self.home_weights(placement), rows)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, LocalDispatched)

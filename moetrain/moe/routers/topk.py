@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.moe.replay import Replay
+from moetrain.moe.routers.base import Router
 from moetrain.ops.init import Draw
-from moetrain.types import Problem, Routing
+from moetrain.types import Problem, RouterInput, RouterSite, RouterTraits, Routing
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Logits ``x W^T`` in fp32; the k largest win, ties go to the lower expert id.
 
     weights ``chosen``: softmax over the chosen logits (sums to 1); ``all``: probabilities of the softmax over all
@@ -28,19 +29,23 @@ class TopKRouter(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        num_experts: int,
-        device: torch.device,
+        site: RouterSite,
         top_k: int = 2,
         weights: Literal["chosen", "all"] = "chosen",
         noise: Literal["none", "jitter", "gaussian", "learned"] = "none",
         noise_scale: float = 0.01,
     ) -> None:
-        super().__init__()
+        super().__init__(site)
         self.top_k, self.weights, self.noise, self.noise_scale = top_k, weights, noise, noise_scale
-        self.gate = nn.Parameter(torch.empty(num_experts, dim, device=device))
+        self.gate = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
         if noise == "learned":
-            self.noise_gate = nn.Parameter(torch.zeros(num_experts, dim, device=device))
+            self.noise_gate = nn.Parameter(torch.zeros(site.num_experts, site.dim, device=site.device))
+
+    @staticmethod
+    def traits(
+        *, num_experts: int, top_k: int = 2, weights: str = "chosen", noise: str = "none", noise_scale: float = 0.01
+    ) -> RouterTraits:
+        return RouterTraits(experts_per_token=top_k, noise=noise)
 
     @staticmethod
     def problems(
@@ -65,10 +70,9 @@ class TopKRouter(nn.Module):
     def init_weights(self, draw: Draw, std: float) -> None:
         draw.normal_(self.gate, "gate", std)
 
-    def forward(self, x_TD: Tensor, replay: Replay) -> Routing:
-        """[T, D] of any float dtype -> Routing."""
-        logits_TE = self._logits(x_TD.float())
-        expert_TK = replay.choose(lambda: best_experts(logits_TE, self.top_k))
+    def forward(self, given: RouterInput, replay: Replay) -> Routing:
+        logits_TE = self._logits(given.x_TD.float())
+        expert_TK = replay.once("expert", lambda: best_experts(logits_TE, self.top_k))
         probs_TE = logits_TE.softmax(-1)
         if self.weights == "chosen":
             weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)

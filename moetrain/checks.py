@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
-from moetrain.config import Config
+from moetrain.config import Config, Part
 from moetrain.parts import ABOUT, TARGET, parameters, part_problems, resolve
 from moetrain.problems import MISSING, field_problems, nearest, typed
 from moetrain.rules import rule_problems
@@ -56,9 +56,14 @@ def problems_of(container: dict[str, Any], world_size: int | None, unsure: Colle
 
 def traits_of(config: Config) -> RouterTraits:
     """What the router of a checked config says of itself."""
-    found = resolve(config.router[TARGET], config.machine.allow_modules)
-    own = parameters(found, config.router, CONTEXT["router"])
-    traits: RouterTraits = found.traits(num_experts=config.experts.num_experts, **own)  # type: ignore[attr-defined]
+    return router_traits(config.router, config.experts.num_experts, config.machine.allow_modules)
+
+
+def router_traits(part: Part, num_experts: int, allow: Sequence[str]) -> RouterTraits:
+    """What a router without problems says of itself among ``num_experts`` experts."""
+    found = resolve(part[TARGET], allow)
+    own = parameters(found, part, CONTEXT["router"])
+    traits: RouterTraits = found.traits(num_experts=num_experts, **own)  # type: ignore[attr-defined]
     return traits
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
+from moetrain.arguments import Parser, asked_world, environment_world
 from moetrain.checks import world_of
 from moetrain.compose import RECIPE, compose, options, resolved_yaml
-from moetrain.config import Config
 from moetrain.problems import report
 from moetrain.types import ConfigError, Problem
 
@@ -29,18 +27,15 @@ usage: moetrain COMMAND [key=value | group=option ...] [--config-dir DIR]
   data prepare   tokenise the corpus of a configuration into flat bins
   bench step     time a training step against Hugging Face's Mixtral; start it with torchrun
   recipes        the recipes that can be chosen with recipe=NAME
+  routers        the routers that can be chosen with router=NAME: paper, traits, what each was measured against
+  routers compare
+                 train some of them at equal budget and seeds, and write one report
 
 moetrain COMMAND --help says more. For example:
 
   moetrain check recipe=quickstart model=small experts=e64 router.top_k=8 --world 8
   torchrun --nproc-per-node 2 -m moetrain train recipe=quickstart
-"""
-
-OVERRIDES = """\
-Overrides are those of Hydra. group=option chooses a file of conf/GROUP/ and replaces the whole section, whatever the
-recipe says of it; section.key=value then sets one value. Folders named after the groups in --config-dir hold options
-and recipes of your own. Groups:
-  {groups}
+  moetrain routers compare recipe=router_comparison router=mixtral,deepseek_v3 --seeds 3
 """
 
 
@@ -76,34 +71,19 @@ def _dispatch(arguments: list[str]) -> int:
         return _bench(rest)
     if command == "recipes":
         return _recipes(rest)
+    if command == "routers":
+        from moetrain.survey.command import routers
+
+        return routers(rest)
     if command in ("--help", "-h"):
         print(HELP, end="")
         return 0
     raise ConfigError([Problem("command", command, "moetrain has no such command", "see moetrain --help")])
 
 
-class _Parser(argparse.ArgumentParser):
-    """Options between overrides; a mistake is a ConfigError like any other, so that one rank tells it."""
-
-    def __init__(self, command: str, description: str, *, overrides: bool = True, world: bool = False) -> None:
-        shape = argparse.RawDescriptionHelpFormatter
-        epilog = OVERRIDES.format(groups=", ".join(_group_names())) if overrides else None
-        super().__init__(f"moetrain {command}", None, description, epilog, formatter_class=shape, allow_abbrev=False)
-        self.add_argument("--config-dir", metavar="DIR", help="folder with group options of your own")
-        if overrides:
-            self.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=option or section.key=value")
-        if world:
-            text = "ranks to check for (default: WORLD_SIZE if set, else recipe.world)"
-            self.add_argument("--world", type=int, metavar="N", help=text)
-
-    def error(self, message: str) -> NoReturn:
-        fix = f"see {self.prog} --help; overrides have no dashes: section.key=value"
-        raise ConfigError([Problem("command line", self.prog, message, fix)])
-
-
 def _train(arguments: list[str]) -> int:
-    parsed = _Parser("train", "Train. The number of ranks is torchrun's.").parse_intermixed_args(arguments)
-    config = compose(parsed.overrides, _environment_world() or 1, parsed.config_dir)
+    parsed = Parser("train", "Train. The number of ranks is torchrun's.").parse_intermixed_args(arguments)
+    config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
     from moetrain.train import main as train_main
 
     return train_main(config)
@@ -111,8 +91,8 @@ def _train(arguments: list[str]) -> int:
 
 def _check(arguments: list[str]) -> int:
     description = "Check a configuration and print it resolved, with what follows from it. Starts no process group."
-    parsed = _Parser("check", description, world=True).parse_intermixed_args(arguments)
-    world_size = _asked_world(parsed.world)
+    parsed = Parser("check", description, world=True).parse_intermixed_args(arguments)
+    world_size = asked_world(parsed.world)
     config = compose(parsed.overrides, world_size, parsed.config_dir)
     from moetrain.plan import describe, make_plan
 
@@ -123,8 +103,8 @@ def _check(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     description = "Sizes, memory and traffic of a configuration, then a dry run of its rank 0 on the meta device."
-    parsed = _Parser("plan", description, world=True).parse_intermixed_args(arguments)
-    world_size = _asked_world(parsed.world)
+    parsed = Parser("plan", description, world=True).parse_intermixed_args(arguments)
+    world_size = asked_world(parsed.world)
     config = compose(parsed.overrides, world_size, parsed.config_dir)
     from moetrain.plan import main_report
 
@@ -140,7 +120,7 @@ def _data(arguments: list[str]) -> int:
         fix = "moetrain data prepare data=text data.path=FOLDER"
         raise ConfigError([Problem("command", f"data {action}", "moetrain data has no such action", fix)])
     description = "Tokenise the corpus of a configuration (data=... data.path=...) into flat bins in data.cache."
-    parsed = _Parser("data prepare", description).parse_intermixed_args(rest)
+    parsed = Parser("data prepare", description).parse_intermixed_args(rest)
     config = compose(parsed.overrides, None, parsed.config_dir)
     from moetrain.data import prepare
 
@@ -157,8 +137,8 @@ def _bench(arguments: list[str]) -> int:
         fix = "torchrun --nproc-per-node 2 -m moetrain bench step recipe=quickstart"
         raise ConfigError([Problem("command", f"bench {action}", "moetrain bench has no such benchmark", fix)])
     description = "Time a training step against Hugging Face's Mixtral, interleaved. Start it with torchrun."
-    parsed = _Parser("bench step", description).parse_intermixed_args(rest)
-    config = compose(parsed.overrides, _environment_world() or 1, parsed.config_dir)
+    parsed = Parser("bench step", description).parse_intermixed_args(rest)
+    config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
     from moetrain.bench.step import step_bench
 
     if (text := step_bench(config)) is not None:
@@ -167,24 +147,9 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _recipes(arguments: list[str]) -> int:
-    parsed = _Parser("recipes", "List the recipes.", overrides=False).parse_intermixed_args(arguments)
+    parsed = Parser("recipes", "List the recipes.", overrides=False).parse_intermixed_args(arguments)
     for name in options(RECIPE, parsed.config_dir):
         config = compose([f"recipe={name}"], None, parsed.config_dir)
         sizes = f"{config.experts.num_experts} experts, {config.model.num_layers} layers of {config.model.dim}"
         print(f"{name}: {sizes}, {config.recipe.world} ranks\n    {config.recipe.about}")
     return 0
-
-
-def _group_names() -> list[str]:
-    return [name for name in Config.__dataclass_fields__ if options(name)]
-
-
-def _asked_world(asked: int | None) -> int | None:
-    if asked is not None and asked < 1:
-        raise ConfigError([Problem("--world", asked, "must be at least 1", "set --world 2, say")])
-    return asked or _environment_world()
-
-
-def _environment_world() -> int | None:
-    """The number of ranks that torchrun started, or None when this process was not started by it."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None

@@ -74,10 +74,37 @@ def resolved_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
+def quoted(text: str) -> str:
+    """A value that Hydra's grammar reads as ``text``, whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def options(group: str, config_dir: str | None = None) -> list[str]:
     """The names that can be chosen for a group: moetrain's and those in ``config_dir``."""
     names = {path.stem for folder in _folders(config_dir) for path in folder.glob(f"{group}/*.yaml")}
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def option_values(group: str, names: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+    """Option -> its values as plain data, for some options of a group; nothing is checked.
+
+    Raises ConfigError with a problem for each file that can't be read.
+    """
+    if unusable := _config_dir_problems(config_dir):
+        raise ConfigError(unusable)
+    found: dict[str, Any] = {}
+    problems: list[Problem] = []
+    with _hydra():
+        for name in names:
+            try:
+                composed = hydra.compose(overrides=[f"+{group}={name}", *_search_path(config_dir)])
+                found[name] = OmegaConf.to_container(composed, resolve=True)[group]  # type: ignore[index,call-overload]
+            except _FAILURES as error:
+                problems.append(Problem(group, name, _sentence(error), "correct that file"))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def conf_folder() -> Path:
@@ -141,10 +168,12 @@ def _group_choice(override: Override, text: str, config_dir: str | None) -> Choi
 
 def _compose(choices: Sequence[Choice], config_dir: str | None) -> DictConfig:
     texts = [choice.text for choice in choices]
-    if config_dir is not None:
-        path = str(Path(config_dir).resolve()).replace("\\", "\\\\").replace("'", "\\'")
-        texts.append(f"hydra.searchpath=['file://{path}']")
-    return hydra.compose(config_name="train", overrides=texts)
+    return hydra.compose(config_name="train", overrides=[*texts, *_search_path(config_dir)])
+
+
+def _search_path(config_dir: str | None) -> list[str]:
+    """The override that adds ``config_dir``; none for None."""
+    return [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
 
 
 def _container(choices: Sequence[Choice], config_dir: str | None) -> dict[str, Any] | Problem:

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Part = dict[str, Any]
+BalanceUnits = Literal["moetrain", "huggingface", "megatron", "megablocks", "gshard", "deepspeed", "switch"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -34,6 +35,9 @@ class ModelConfig:
     """The decoder. ``expert_dim`` is the width of one expert, ``ffn_dim`` that of a dense layer's FFN.
 
     Layer i is an MoE layer iff i >= first_dense and (i - first_dense) % moe_every == 0.
+    Mixture of Depths, if depth_every > 0: tokens may pass by block i iff (i + 1) % depth_every == 0, so that 2 is the
+    paper's "every other block"; in training max(1, ceil(depth_fraction * S)) tokens of a sequence of S go through it.
+    depth_coef: of the loss of the predictor that decides in evaluation.
     """
 
     dim: int = Field(gt=0)
@@ -52,6 +56,9 @@ class ModelConfig:
     rope_theta: float = Field(default=10_000.0, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
     init_std: float = Field(default=0.02, gt=0)
+    depth_every: int = Field(default=0, ge=0)
+    depth_fraction: float = Field(default=0.125, gt=0, le=1)
+    depth_coef: float = Field(default=0.01, ge=0)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -91,7 +98,8 @@ class CapacityConfig:
     of all ranks (``global``, one small exchange more), or each sequence has its own slots (``sequence``).
     priority, who is served first: ``choice_major`` all first choices before all second ones; ``token_major``;
     ``probs`` the largest weights of each expert; ``batch_prioritised`` choice-major, tokens in order of their best
-    weight; ``random``. renormalise: weights of a token sum to what they summed to, over what was kept.
+    probability; ``random`` (in training, choice-major in evaluation). renormalise: weights of a token sum to what they
+    summed to, over what was kept.
     """
 
     factor_train: float | None = Field(default=1.25, gt=0)
@@ -108,7 +116,8 @@ class CapacityConfig:
 class BalanceConfig:
     """Router losses. All are means over layers; the balance loss is 1.0 when the load is even.
 
-    device_coef, communication_coef: DeepSeek-V2's, over ``num_devices`` groups of experts (null: the EP ranks).
+    device_coef, communication_coef: DeepSeek-V2's, over ``num_devices`` groups of experts (null: the EP ranks), of
+    which a token reaches ``devices_per_token`` at most (null: as many as it has experts).
     importance_coef: CV^2 of the experts' summed weights (Shazeer et al. 2017). units: what ``balance_coef`` was copied
     from; it is converted to ours (see moetrain.moe.units).
     """
@@ -120,7 +129,8 @@ class BalanceConfig:
     communication_coef: float = Field(default=0.0, ge=0)
     importance_coef: float = Field(default=0.0, ge=0)
     num_devices: int | None = Field(default=None, ge=1)
-    units: Literal["moetrain", "huggingface", "megatron", "megablocks", "gshard", "deepspeed", "switch"] = "moetrain"
+    devices_per_token: int | None = Field(default=None, ge=1)
+    units: BalanceUnits = "moetrain"
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -173,7 +183,12 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainConfig:
-    """Batch sizes are in sequences of ``model.context`` tokens: global_batch = micro_batch * ranks * accumulation."""
+    """Batch sizes are in sequences of ``model.context`` tokens: global_batch = micro_batch * ranks * accumulation.
+
+    Of checkpoints the newest ``keep_checkpoints`` stay, those of steps that are multiples of ``keep_every`` (0: none
+    for that) and, with keep_best, the one with the lowest validation loss of those that were saved at a step with
+    evaluation. async_checkpoint: a save stops training for a copy to the host only, and is written beside it.
+    """
 
     steps: int = Field(gt=0)
     global_batch: int = Field(gt=0)
@@ -182,6 +197,9 @@ class TrainConfig:
     eval_batches: int = Field(default=8, gt=0)
     checkpoint_every: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0)
+    keep_best: bool = False
+    async_checkpoint: bool = False
     sample_tokens: int = Field(default=0, ge=0)
 
 

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.checks import ep_size_of, traits_of
-from moetrain.config import Config
+from moetrain.config import BalanceConfig, CapacityConfig, Config
 from moetrain.data import load_tokenizer, prepare
-from moetrain.models.counts import SizeReport, size_report
-from moetrain.models.decoder import Decoder, is_moe_layer
+from moetrain.models.block import is_moe_layer
+from moetrain.models.counts import SizeReport, share_through, size_report
+from moetrain.models.decoder import Decoder
+from moetrain.moe.units import in_our_units
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
 from moetrain.types import Batch
 
@@ -25,6 +27,7 @@ class Plan:
     """Per rank of a world: parameters held, bytes of training state, bytes sent per step by the experts' all-to-all.
 
     ``state_bytes`` are weights, gradients and optimiser state under the ZeRO stage; activations are not in it.
+    ``balance`` is as configured, ``balance_coef`` its coefficient in our units.
     """
 
     world_size: int
@@ -36,6 +39,8 @@ class Plan:
     state_bytes: int
     tokens_per_step: int
     exchange_bytes: int
+    balance: BalanceConfig
+    balance_coef: float
 
 
 def vocab_size_of(config: Config) -> int:
@@ -54,11 +59,11 @@ def make_plan(config: Config, world_size: int) -> Plan:
     dense, experts = size.total - size.routed, size.routed // ep_size
     train, model = config.train, config.model
     accumulation = train.global_batch // (world_size * train.micro_batch)
-    num_moe = sum(is_moe_layer(model, i) for i in range(model.num_layers))
+    num_moe = sum(share_through(model, i) for i in range(model.num_layers) if is_moe_layer(model, i))
     tokens = train.micro_batch * accumulation * model.context
     bytes_per_value = 4 if config.engine.dtype == "fp32" else 2
     copies = round(tokens * traits_of(config).experts_per_token) * model.dim * bytes_per_value
-    exchange = 4 * num_moe * copies * (ep_size - 1) // ep_size
+    exchange = round(4 * num_moe * copies * (ep_size - 1) / ep_size)
     state = _state_bytes(dense, world_size, config) + _state_bytes(experts, world_size // ep_size, config)
     return Plan(
         world_size,
@@ -70,7 +75,17 @@ def make_plan(config: Config, world_size: int) -> Plan:
         state,
         train.global_batch * model.context,
         exchange,
+        config.balance,
+        balance_coef_of(config),
     )
+
+
+def balance_coef_of(config: Config) -> float:
+    """``balance.balance_coef`` in our units, whatever it was copied from."""
+    num_moe_layers = sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    top_k, num_experts = traits_of(config).experts_per_token, config.experts.num_experts
+    ours = in_our_units(config.balance, top_k=top_k, num_experts=num_experts, num_moe_layers=num_moe_layers)
+    return ours.balance_coef
 
 
 def _state_bytes(parameters: int, replicas: int, config: Config) -> int:
@@ -90,7 +105,7 @@ def dry_run(config: Config, world_size: int, rank: int = 0) -> int:
     Nothing is computed and nothing is sent, so a router's choice is unknown: an even load through the padded dispatcher
     stands in for it, which moves the same bytes. Returns the number of parameters of this rank.
     """
-    even = replace(config.capacity, factor_train=1.0, factor_eval=1.0, scope="rank")
+    even = CapacityConfig(factor_train=1.0, factor_eval=1.0)
     config = replace(config, dispatch=PADDED, capacity=even, engine=replace(config.engine, recompute=False))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -121,6 +136,7 @@ def describe(plan: Plan) -> str:
             " (activations come on top)",
             f"per step        {_short(plan.tokens_per_step)} tokens; each rank sends about"
             f" {plan.exchange_bytes / GIB:.3f} GiB in the experts' all-to-all (dropless, even load)",
+            *_units_note(plan),
         ]
     )
 
@@ -133,6 +149,17 @@ def main_report(config: Config, world_size: int) -> str:
     return (
         f"{describe(plan)}\ndry run         rank 0 of {world_size} built on the meta device, forward and backward done"
     )
+
+
+def _units_note(plan: Plan) -> list[str]:
+    """What a coefficient that was copied from elsewhere becomes."""
+    balance = plan.balance
+    if balance.units == "moetrain":
+        return []
+    return [
+        f"balance loss    balance_coef {balance.balance_coef:g} in units of {balance.units}"
+        f" = {plan.balance_coef:g} in moetrain's (1.0 is even, mean over layers)"
+    ]
 
 
 def _start_note(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from moetrain.types import Problem, RouterTraits
 
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
 PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
+UNGATED = ("relu", "relu2")
 TOKENIZERS = ("kjv", "byte")
 WIDTH_UNIT = 8  # values of bf16 in 16 bytes
 
@@ -52,6 +53,43 @@ def sees_no_later_token(traits: RouterTraits, allow_noncausal: bool) -> Problem 
     reason = f"the router's choice for a token looks at later tokens ({when}), which a causal language model can't"
     fix = "choose another router, or accept that its losses can't be compared: experts.allow_noncausal=true"
     return Problem("experts.allow_noncausal", allow_noncausal, reason, fix)
+
+
+def depth_sees_later_tokens(depth_every: int, allow_noncausal: bool) -> Problem | None:
+    if allow_noncausal or depth_every == 0:
+        return None
+    reason = (
+        f"in training, model.depth_every = {depth_every} compares a token with later ones to choose who goes through a"
+        " block, which a causal language model can't (evaluation is causal: it asks a predictor)"
+    )
+    fix = "set model.depth_every=0, or accept that training losses can't be compared: experts.allow_noncausal=true"
+    return Problem("experts.allow_noncausal", allow_noncausal, reason, fix)
+
+
+def depth_varies_in_evaluation(depth_every: int, target: str, scope: str) -> Problem | None:
+    if depth_every == 0 or (target != PADDED and scope == "rank"):
+        return None
+    reason = "in evaluation each rank and each sequence has another number of tokens that go through a block"
+    if target == PADDED:
+        fix = "choose dispatch=alltoall, or set model.depth_every=0"
+        return Problem("dispatch._target_", target, f"{reason}, and padded buffers have one size", fix)
+    fix = "set capacity.scope=rank, or model.depth_every=0"
+    return Problem("capacity.scope", scope, f"{reason}, so their slots can't be counted together", fix)
+
+
+def gate_to_limit(activation: str, activation_limit: float | None) -> Problem | None:
+    if activation_limit is None or activation not in UNGATED:
+        return None
+    reason = f"experts.activation = {activation} has no gate, and it is gate and up that are clamped"
+    fix = "set experts.activation_limit=null, or choose an activation with a gate"
+    return Problem("experts.activation_limit", activation_limit, reason, fix)
+
+
+def shared_to_join(shared_mode: str, num_shared: int) -> Problem | None:
+    if shared_mode == "add" or num_shared:
+        return None
+    reason = "there are no shared experts to join (experts.num_shared = 0)"
+    return Problem("experts.shared_mode", shared_mode, reason, "set experts.num_shared=1, or experts.shared_mode=add")
 
 
 def expert_parallel(ep_size: int | None, num_experts: int, world: int) -> Problem | None:
@@ -132,10 +170,18 @@ def padded_needs_capacity(
         if factor is None:
             reason = "the padded dispatcher sends a fixed number of slots and can't be dropless"
             return Problem(f"capacity.{key}", factor, reason, "choose dispatch=alltoall, or capacity=seed")
-    if scope != "rank":
-        reason = "the padded dispatcher sends each rank's own slots, so capacity counts per rank"
-        return Problem("capacity.scope", scope, reason, "set capacity.scope=rank, or choose dispatch=alltoall")
+    if scope == "global":
+        reason = "the padded dispatcher sends each rank's own slots, so capacity counts per rank or per sequence"
+        fix = "set capacity.scope=rank | sequence, or choose dispatch=alltoall"
+        return Problem("capacity.scope", scope, reason, fix)
     return None
+
+
+def slots_under_a_capacity(factor: float | None, slots: int | None, *, when: str) -> Problem | None:
+    if slots is None or factor is not None:
+        return None
+    reason = f"capacity.factor_{when} = null is dropless, so there are no slots to count"
+    return Problem(f"capacity.slots_{when}", slots, reason, f"set capacity.factor_{when}=1.0, say: slots go before it")
 
 
 def local_needs_all_experts(target: str, ep_size: int | None, num_experts: int, world: int) -> Problem | None:
@@ -145,6 +191,22 @@ def local_needs_all_experts(target: str, ep_size: int | None, num_experts: int, 
     if ep_size is None:
         reason += f"; null means {math.gcd(world, num_experts)} at {_ranks(world)}"
     return Problem("engine.ep_size", ep_size, reason, "set engine.ep_size=1, or choose dispatch=alltoall")
+
+
+def devices_of_experts(num_devices: int | None, num_experts: int) -> Problem | None:
+    if num_devices is None or num_experts % num_devices == 0:
+        return None
+    works = [str(devices) for devices in range(1, num_experts + 1) if num_experts % devices == 0]
+    reason = f"doesn't divide experts.num_experts = {num_experts}, and groups of experts are equal"
+    return Problem("balance.num_devices", num_devices, reason, f"set balance.num_devices={' | '.join(works)}")
+
+
+def devices_a_token_reaches(devices_per_token: int | None, num_devices: int | None) -> Problem | None:
+    if devices_per_token is None or num_devices is None or devices_per_token <= num_devices:
+        return None
+    reason = f"a token can't reach more than balance.num_devices = {num_devices}"
+    fix = f"set balance.devices_per_token={num_devices} or less"
+    return Problem("balance.devices_per_token", devices_per_token, reason, fix)
 
 
 def device_present(device: str) -> Problem | None:
@@ -189,6 +251,10 @@ def _ranks(world: int) -> str:
 RULES = (
     Rule(("router.top_k", "experts.num_experts"), top_k_of_experts),
     Rule(("router.traits", "experts.allow_noncausal"), sees_no_later_token),
+    Rule(("model.depth_every", "experts.allow_noncausal"), depth_sees_later_tokens),
+    Rule(("model.depth_every", "dispatch._target_", "capacity.scope"), depth_varies_in_evaluation),
+    Rule(("experts.activation", "experts.activation_limit"), gate_to_limit),
+    Rule(("experts.shared_mode", "experts.num_shared"), shared_to_join),
     Rule(("engine.ep_size", "experts.num_experts", "world"), expert_parallel),
     Rule(("train.global_batch", "train.micro_batch", "world"), whole_micro_batches),
     Rule(("model.num_heads", "model.num_kv_heads"), grouped_heads),
@@ -201,7 +267,11 @@ RULES = (
     Rule(
         ("dispatch._target_", "capacity.factor_train", "capacity.factor_eval", "capacity.scope"), padded_needs_capacity
     ),
+    Rule(("capacity.factor_train", "capacity.slots_train"), partial(slots_under_a_capacity, when="train")),
+    Rule(("capacity.factor_eval", "capacity.slots_eval"), partial(slots_under_a_capacity, when="eval")),
     Rule(("dispatch._target_", "engine.ep_size", "experts.num_experts", "world"), local_needs_all_experts),
+    Rule(("balance.num_devices", "experts.num_experts"), devices_of_experts),
+    Rule(("balance.devices_per_token", "balance.num_devices"), devices_a_token_reaches),
     Rule(("machine.device",), device_present),
     Rule(("data.source", "data.path"), data_at_path),
     Rule(("data.tokenizer",), tokenizer_found),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from moetrain import checkpoint
-from moetrain.checkpoint import Checkpoint
+from moetrain.checkpoint import VALIDATION, Keep, NoneWhole, SavedBy, Saver, Source
 from moetrain.config import Config
 from moetrain.data import Corpus, Loader
 from moetrain.engine import make_engine
@@ -29,7 +28,7 @@ from moetrain.types import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 SAMPLE_TEMPERATURE = 0.8
-AS_SAVED = "start it with the ranks, engine and model it was saved with, or name another run.id"
+AS_SAVED = "start it with the model and the optimiser it was saved with, or name another run.id"
 
 
 class Trainer:
@@ -43,8 +42,8 @@ class Trainer:
         self.timeline = Timeline(mesh.device, enabled=config.monitor.timing)
         found = self._find()
         self.gemm = _gemm(mesh, found)
-        vocab_size = config.model.vocab_size or corpus.vocab_size
-        self.model = Decoder(config, mesh, vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
+        self.vocab_size = config.model.vocab_size or corpus.vocab_size
+        self.model = Decoder(config, mesh, self.vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
         self.engine = make_engine(config, self.model, mesh, self.accumulation)
         self.loader = Loader(
             corpus=corpus,
@@ -57,13 +56,21 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         self.window = Window(mesh)
-        self.skipped = 0
+        self.saver = _saver(config, mesh, folder)
+        self.skipped = self.told = 0
+        self.validated: tuple[int, float] | None = None
         self.start = 0 if found is None else self._restore(found)
-        self.recorder = Recorder(config, mesh, _facts(corpus, vocab_size), folder, self.start) if mesh.is_main else None
+        self.recorder = (
+            Recorder(config, mesh, _facts(corpus, self.vocab_size), folder, self.start) if mesh.is_main else None
+        )
+
+        if found is not None and self.recorder is not None:
+            for damaged in found.passed_over:
+                self.recorder.alarm(self.start, f"a newer checkpoint can not be used, {damaged}")
 
     def fit(self) -> None:
         """Train from the step that was resumed to the last, then evaluate, save and report."""
-        train, saved = self.config.train, None
+        train = self.config.train
         self.timeline.drain()
         for step in range(self.start, train.steps):
             began = perf_counter()
@@ -76,9 +83,13 @@ class Trainer:
                 self._record(done, norm)
             if last or _due(done, train.eval_every):
                 self._evaluate(done)
+            self.saver.poll()
             if (last and train.checkpoint_every) or _due(done, train.checkpoint_every):
-                saved = self._save(done)
-        self._close(saved)
+                self._save(done)
+            if last:
+                self.saver.finish()
+            self._tell_failures(done)
+        self._close()
 
     def _step(self, step: int) -> float:
         """One optimiser step; returns the gradient norm before clipping."""
@@ -93,7 +104,7 @@ class Trainer:
             self.skipped += 1
             log.warning("step %d was skipped: the gradient norm is %s", step + 1, norm)
         self.model.adapt_routers(moved=math.isfinite(norm))
-        self.window.add_load(self.model.take_load())
+        self.window.add_load(self.model.take_load(), self.model.take_gauges())
         return norm
 
     def _record(self, done: int, norm: float) -> None:
@@ -102,12 +113,13 @@ class Trainer:
         if self.recorder is not None:
             lr = lr_at(done - 1, self.config.train.steps, self.config.optim)
             numbers = {"train/grad_norm": norm, "train/lr": lr, "train/skipped_steps": float(self.skipped)}
-            self.recorder.window(done, means, numbers, phases)
+            self.recorder.window(done, means, numbers, self.model.router_numbers(), phases)
 
     def _evaluate(self, done: int) -> None:
         """Mean over ``eval_batches`` global batches of validation windows, the same at every world size."""
         means = self._validation()
         self.timeline.drain()
+        self.validated = (done, means.lm)
         if self.recorder is not None:
             self.recorder.validation(done, means)
 
@@ -117,54 +129,66 @@ class Trainer:
             window.add(self.engine.evaluate(self.loader.validation(index)))
         return window.reduce()
 
-    def _save(self, done: int) -> Path:
-        tensors = self.engine.state() | checkpoint.rng_state(self.mesh.device)
-        extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint}
-        keep = self.config.train.keep_checkpoints
-        path = checkpoint.save(self.folder.checkpoints, done, tensors, extra, self.mesh, keep)
+    def _save(self, done: int) -> None:
+        extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint, "vocab_size": self.vocab_size}
+        if self.validated is not None and self.validated[0] == done and math.isfinite(self.validated[1]):
+            extra[VALIDATION] = self.validated[1]
+        generators = checkpoint.generators(self.mesh.rank, self.mesh.device)
+        self.saver.save(done, self.engine.state(), generators, extra)
         self.timeline.drain()
-        return path
 
-    def _find(self) -> Checkpoint | None:
-        """The newest checkpoint of the run folder, if the run is to go on from it."""
-        resume = self.config.run.resume
-        newest = None if resume == "never" else checkpoint.agree(self.folder.checkpoints, self.mesh)
-        if newest is None:
-            if resume == "must":
-                reason = f"{self.folder.checkpoints} holds no whole checkpoint"
-                fix = "name another run.id, or set run.resume=auto"
-                raise ConfigError([Problem("run.resume", "must", reason, fix)])
-            return None
+    def _tell_failures(self, done: int) -> None:
+        """Training goes on without a checkpoint that could not be written, but nobody shall overlook it."""
+        if self.saver.failed > self.told and self.recorder is not None:
+            self.recorder.alarm(done, f"{self.saver.failure}; training goes on, the checkpoints before are untouched")
+        self.told = self.saver.failed
+
+    def _find(self) -> Source | None:
+        """The newest checkpoint of the run folder that verifies, if the run is to go on from it."""
+        resume, folder = self.config.run.resume, self.folder.checkpoints
         try:
-            found = checkpoint.load(newest, self.mesh)
-        except ValueError as error:
-            fix = f"if it is damaged, delete {newest}: the run then goes on from the one before; else {AS_SAVED}"
+            found = None if resume == "never" else checkpoint.find(folder, self.mesh)
+        except NoneWhole as error:
+            fix = f"name another run.id, or delete {folder} if the run is to start anew"
             raise self._cannot_resume(str(error), fix) from error
-        if found.extra["corpus"] != self.corpus.fingerprint:
-            reason = f"{newest} was trained on another corpus ({found.extra['corpus'][:12]})"
+        if found is None:
+            if resume == "must":
+                fix = "name another run.id, or set run.resume=auto"
+                raise self._cannot_resume(f"{folder} holds no whole checkpoint", fix)
+            return None
+        if (corpus := found.extra["corpus"]) != self.corpus.fingerprint:
+            reason = f"{found.path} was trained on another corpus ({corpus[:12]})"
             fix = "give the same data section, tokenizer and files"
             raise ConfigError([Problem("data", self.corpus.fingerprint[:12], reason, fix)])
         return found
 
-    def _restore(self, found: Checkpoint) -> int:
+    def _restore(self, found: Source) -> int:
         """Put weights, optimiser and generators back; returns the number of steps that are done."""
-        state = {name: t for name, t in found.tensors.items() if not name.startswith("rng.")}
         try:
-            self.engine.load_state(state)
+            self.engine.load_state(found.fill)
         except ValueError as error:
             raise self._cannot_resume(str(error), AS_SAVED) from error
-        checkpoint.set_rng_state(found.tensors, self.mesh.device)
+        saved_by, mesh = found.manifest.saved_by, self.mesh
+        if (saved_by.world_size, saved_by.device) == (mesh.world_size, mesh.device.type):
+            checkpoint.set_generators(found.generators(mesh.rank), mesh.device)
+        else:
+            checkpoint.seed_generators(self.config.run.seed, found.step, mesh.rank)
+            was = f"{saved_by.world_size} ranks on {saved_by.device}"
+            log.info("saved by %s: random generators start anew, from seed and step", was)
         log.info("resumed after step %d", found.step)
         return found.step
 
     def _cannot_resume(self, reason: str, fix: str) -> ConfigError:
         return ConfigError([Problem("run.resume", self.config.run.resume, reason, fix)])
 
-    def _close(self, saved: Path | None) -> None:
+    def _close(self) -> None:
+        """Raises OSError if the last checkpoint, which holds what the run was for, could not be written."""
         sample = self._sample()
         memory = measure_memory(self.engine, self.mesh)
         if self.recorder is not None:
-            self.recorder.close(sample, memory, saved or checkpoint.latest(self.folder.checkpoints))
+            self.recorder.close(sample, memory, checkpoint.latest(self.folder.checkpoints))
+        if self.saver.failure:
+            raise OSError(f"the run is done, but its last {self.saver.failure}")
 
     def _sample(self) -> str | None:
         num_tokens = self.config.train.sample_tokens
@@ -177,11 +201,19 @@ class Trainer:
         return self.corpus.tokenizer.decode(tokens[:end]).strip()
 
 
-def _gemm(mesh: Mesh, found: Checkpoint | None) -> GemmName:
-    """What the run has used so far, else the fastest of rank 0, on every rank: a resumed run and replicas round
-    alike.
+def _saver(config: Config, mesh: Mesh, folder: RunFolder) -> Saver:
+    train, engine = config.train, config.engine
+    saved_by = SavedBy(mesh.world_size, mesh.ep_size, engine.name, engine.zero_stage, mesh.device.type)
+    keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
+    return Saver(folder.checkpoints, mesh, saved_by, keep, background=train.async_checkpoint)
+
+
+def _gemm(mesh: Mesh, found: Source | None) -> GemmName:
+    """What the run has used so far on this kind of device, else the fastest of rank 0, on every rank: a resumed run and
+    replicas round alike.
     """
-    name = fastest_gemm(mesh.device) if found is None else found.extra["gemm"]
+    known = found is not None and found.manifest.saved_by.device == mesh.device.type
+    name = found.extra["gemm"] if found is not None and known else fastest_gemm(mesh.device)
     name = broadcast_text(name, mesh.world_group)
     log.info("matrix products by %s", name)
     return "onednn" if name == "onednn" else "torch"

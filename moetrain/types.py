@@ -61,7 +61,9 @@ class RouterTraits:
 
     experts_per_token: k, or what is expected where it is ragged; zero-compute experts are not counted. causal_train,
     causal_eval: whether a token's choice is untouched by later tokens. ragged: rows of expert_TK may be partly invalid.
-    needs_tokens: reads token ids. noise: in training only. balance: what evens the load besides a loss.
+    needs_tokens: reads token ids. noise: in training only. balance: what evens the load besides a loss. even: every
+    expert gets equally many tokens by construction in training, so that no capacity of the fair share or more drops
+    any.
     """
 
     experts_per_token: float
@@ -71,6 +73,7 @@ class RouterTraits:
     needs_tokens: bool = False
     noise: str = "none"
     balance: str = "none"
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class LossTerms:
     balance: 1.0 when the load is even. device, communication: the same over groups of experts and over the devices a
     token is sent to (DeepSeek-V2), 1.0 when even. importance: squared coefficient of variation of the experts' summed
     weights, 0 when even. z: mean squared log-partition. own: what the router's method adds, coefficient applied.
+    depth: mean over blocks that tokens may pass by (not over MoE layers), the binary cross-entropy of their predictors
+    in nats; 0 where there are none.
     """
 
     balance: Tensor
@@ -143,6 +148,7 @@ class LossTerms:
     importance: Tensor
     z: Tensor
     own: Tensor
+    depth: Tensor
 
     @staticmethod
     def zeros(device: torch.device) -> LossTerms:
@@ -174,7 +180,7 @@ class ModelOutput:
 
     loss: scalar to differentiate, lm plus the router losses times their coefficients. lm: scalar, mean cross-entropy in
     nats.
-    losses: means over MoE layers (zeros for a dense model).
+    losses: means over the MoE layers that saw tokens (zeros if there are none).
     """
 
     loss: Tensor
@@ -191,6 +197,31 @@ class LoadCounts:
 
     assigned_LE: Tensor
     kept_LE: Tensor
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """What one layer did on this rank, summed over tokens and micro-batches.
+
+    choice_2K, position_2P: int64, assignments before and after dropping by rank of the choice and by part of the
+    sequence. received: int64, rows that came to this rank's experts (empty slots of a padded exchange included).
+    tokens, entropy (nats, of the full distribution), confidence (the largest probability), logit_square (mean over
+    experts): fp64 sums. logit_peak: fp64, the largest absolute logit.
+    """
+
+    choice_2K: Tensor
+    position_2P: Tensor
+    received: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    logit_square: Tensor
+    logit_peak: Tensor
+
+    def plus(self, other: Gauges) -> Gauges:
+        """Both together."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Gauges)}
+        return Gauges(**sums | {"logit_peak": torch.maximum(self.logit_peak, other.logit_peak)})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moetrain.checkpoint import load, save
+from moetrain.checkpoint import Keep, SavedBy, Saver, find
 from moetrain.engine import Engine, make_engine
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from tests.toy import Toy, batch_of, sequences, toy_config
@@ -118,6 +118,18 @@ def partition_everything() -> None:
     ours._settings = settings
 
 
+def save_to(folder: Path, step: int, engine: Engine, mesh: Mesh) -> None:
+    saver = Saver(folder, mesh, SavedBy(mesh.world_size, mesh.ep_size, "", 0, "cpu"), Keep(1), background=False)
+    saver.save(step, engine.state(), [], {})
+    assert not saver.failure, saver.failure
+
+
+def load_from(folder: Path, engine: Engine, mesh: Mesh) -> None:
+    source = find(folder, mesh)
+    assert source is not None
+    engine.load_state(source.fill)
+
+
 def train_and_save(rank: int, world: int, cases: list[Case], folder: str) -> list[Run]:
     """Six steps on end; and, by another engine, three that are saved."""
     partition_everything()
@@ -127,7 +139,7 @@ def train_and_save(rank: int, world: int, cases: list[Case], folder: str) -> lis
         runs.append(run_case(case, mesh, num_steps=6))
         engine = engine_of(case, mesh)
         train(engine, mesh, case.accumulation, range(3), Run())
-        save(Path(folder) / case.name, 3, engine.state(), {}, mesh, keep=1)
+        save_to(Path(folder) / case.name, 3, engine, mesh)
     return runs
 
 
@@ -138,7 +150,7 @@ def load_and_train(rank: int, world: int, cases: list[Case], folder: str) -> lis
     for case in cases:
         mesh = mesh_of_world(case.ep_size, CPU)
         engine = engine_of(case, mesh)
-        engine.load_state(load(Path(folder) / case.name / "step_00000003", mesh).tensors)
+        load_from(Path(folder) / case.name, engine, mesh)
         run = train(engine, mesh, case.accumulation, range(3, 6), Run())
         run.weights = weights_of(engine)
         runs.append(run)
@@ -155,13 +167,13 @@ def repeat_and_break(rank: int, world: int, cases: list[Case]) -> list[dict[str,
         for _ in range(case.accumulation):
             engine.forward_backward(batch)
         norm, before = engine.step(0.1), weights_of(engine)
-        kept = {name: tensor.clone() for name, tensor in engine.state().items()}
+        kept = {(p.key, p.start): p.values_X.clone() for p in engine.state().held}
         engine.model.fault = float("nan")
         for _ in range(case.accumulation):
             engine.forward_backward(batch)
         broken = engine.step(0.1)
         unchanged = all(np.array_equal(value, before[name]) for name, value in weights_of(engine).items())
-        same_state = all(torch.equal(value, kept[name]) for name, value in engine.state().items())
+        same_state = all(torch.equal(p.values_X, kept[p.key, p.start]) for p in engine.state().held)
         engine.model.fault = 1.0
         for _ in range(case.accumulation):
             engine.forward_backward(batch)

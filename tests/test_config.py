@@ -56,7 +56,13 @@ FIELDS = [
     ("machine", "allow_modules", "mine", "a list", "machine.allow_modules=[a,b]"),
     ("router", "topk", 3, "no key 'topk'", "write router.top_k=3"),
     ("router", "top_k", "two", "a whole number", "router.top_k=2"),
-    ("router", "noise", "jiter", "none of the options", "none | jitter | gaussian | learned; nearest is jitter"),
+    (
+        "router",
+        "noise",
+        "jiter",
+        "none of the options",
+        "none | jitter | gaussian | learned | gumbel | warmup; nearest is jitter",
+    ),
     ("router", "site", 5, "supplied by moetrain", "leave router.site out"),
     ("router", "_target_", "os.path.Path", "outside of moetrain", "machine.allow_modules=[os]"),
     ("router", "_target_", None, "dotted path of a class", "router=NAME"),
@@ -75,7 +81,7 @@ def test_a_wrong_field_is_one_problem(section: str, key: str, value: object, rea
 RULES = [
     ({"router__top_k": 9}, "router.top_k", "of 8", "experts.num_experts=9"),
     ({"router__top_k": 0}, "router.top_k", "at least one", "router.top_k=1"),
-    ({"router__top_k": 1}, "router.weights", "no gradient", "router.weights=all"),
+    ({"router__top_k": 1}, "router.weights", "no gradient", "router.weights=scores"),
     ({"engine__ep_size": 3}, "engine.ep_size", "the 4 ranks of this world nor experts.num_experts = 8", "1 | 2 | 4"),
     ({"engine__ep_size": 8}, "engine.ep_size", "doesn't divide the 4 ranks", "1 | 2 | 4"),
     (

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from moetrain.moe.routers.topk import TopKRouter
+from moetrain.moe.routers.token_choice import TokenChoiceRouter
 from moetrain.parts import build, part_problems, resolve
 from moetrain.types import ConfigError, Problem
 
@@ -48,7 +48,7 @@ def found(name: str = "Good", allow: list[str] = ALLOW, **keys: object) -> list[
 
 
 def test_resolve_finds_classes_of_moetrain_and_of_allowed_packages() -> None:
-    assert resolve("moetrain.moe.routers.topk.TopKRouter", []) is TopKRouter
+    assert resolve("moetrain.moe.routers.token_choice.TokenChoiceRouter", []) is TokenChoiceRouter
     assert resolve(f"{HERE}.Bare", ALLOW) is Bare
     assert resolve(f"{HERE}.Bare", [HERE]) is Bare
 
@@ -62,8 +62,8 @@ def test_resolve_finds_classes_of_moetrain_and_of_allowed_packages() -> None:
         (f"{HERE}.Path", "is a class of pathlib"),
         ("moetrain.parts.importlib.Loader", "there is no module"),
         ("moetrain.parts.resolve", "has no class 'resolve'"),
-        ("moetrain.moe.routers.topk.TopkRouter", "has no class 'TopkRouter'"),
-        ("moetrain.moe.routers.top.TopKRouter", "there is no module moetrain.moe.routers.top"),
+        ("moetrain.moe.routers.base.Ruter", "has no class 'Ruter'"),
+        ("moetrain.moe.routers.bas.Router", "there is no module moetrain.moe.routers.bas"),
         ("Good", "lies outside of moetrain"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The seed's routing algorithm, its capacity, its noise and its losses, one process."""
+"""The seed's routing algorithm, its capacity and its losses, one process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from moetrain.config import BalanceConfig, CapacityConfig
 from moetrain.moe.balance import Balance
 from moetrain.moe.capacity import Capacity, slots_per_expert
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.topk import TopKRouter, best_experts
+from moetrain.moe.routers.token_choice import TokenChoiceRouter
 from moetrain.types import Routing
 from tests.tiny import alone, seen, site
 
 CPU = torch.device("cpu")
-
-
-def router(**settings: object) -> TopKRouter:
-    torch.manual_seed(0)
-    made = TopKRouter(site=site(), **settings)  # type: ignore[arg-type]
-    torch.nn.init.normal_(made.gate)
-    return made
 
 
 def routing_of(expert_TK: torch.Tensor, num_experts: int) -> Routing:
@@ -49,7 +42,8 @@ def seed_combine_tensor(logits_TE: torch.Tensor, top_k: int, capacity: int) -> t
 def test_routing_is_the_seeds_weight_tensor(top_k: int, factor: float) -> None:
     torch.manual_seed(top_k)
     x_TD = torch.randn(32, 6)
-    layer = router(top_k=top_k, weights="chosen")
+    layer = TokenChoiceRouter(site=site(), top_k=top_k, select="logits", weights="chosen_softmax")
+    torch.nn.init.normal_(layer.gate)
     placement = Capacity(CapacityConfig(factor_train=factor, minimum=1), 5, top_k, alone())(
         layer(seen(x_TD), Replay()), 1, Replay()
     )
@@ -96,59 +90,6 @@ def test_kept_and_dropped_conserve_and_slots_are_unique() -> None:
     assert max(s for _, s in pairs) < (placement.capacity or 0)
 
 
-def test_weights_over_chosen_sum_to_one_and_over_all_are_probabilities() -> None:
-    x_TD = torch.randn(9, 6)
-    chosen = router(top_k=2)(seen(x_TD), Replay())
-    torch.testing.assert_close(chosen.weight_TK.sum(-1), torch.ones(9))
-    every = router(top_k=2, weights="all")(seen(x_TD), Replay())
-    torch.testing.assert_close(every.weight_TK, every.probs_TE.gather(1, every.expert_TK))
-
-
-def test_ties_go_to_the_lower_expert() -> None:
-    assert best_experts(torch.zeros(3, 5), 2).tolist() == [[0, 1]] * 3
-
-
-def test_trap10_logits_are_fp32_under_a_bf16_gate() -> None:
-    layer = router(top_k=2).to(torch.bfloat16)
-    routing = layer(seen(torch.randn(4, 6, dtype=torch.bfloat16)), Replay())
-    assert routing.logits_TE.dtype == routing.weight_TK.dtype == routing.probs_TE.dtype == torch.float32
-
-
-@pytest.mark.parametrize("noise", ["jitter", "gaussian", "learned"])
-def test_trap_t12_noise_in_training_and_none_in_eval(noise: str) -> None:
-    layer = router(noise=noise, noise_scale=0.3)
-    x_TD = torch.randn(64, 6)
-    kept = x_TD.clone()
-    first, second = layer(seen(x_TD), Replay()), layer(seen(x_TD), Replay())
-    assert not torch.equal(first.logits_TE, second.logits_TE)
-    layer.eval()
-    first, second = layer(seen(x_TD), Replay()), layer(seen(x_TD), Replay())
-    assert torch.equal(first.logits_TE, second.logits_TE)
-    torch.testing.assert_close(first.logits_TE, x_TD @ layer.gate.t())
-    assert torch.equal(x_TD, kept), "jitter must not leak into what the experts see"
-
-
-def test_learned_noise_gets_a_gradient() -> None:
-    layer = router(noise="learned")
-    layer(seen(torch.randn(64, 6)), Replay()).weight_TK[:, 0].sum().backward()
-    assert layer.noise_gate.grad is not None
-    assert layer.noise_gate.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_k": 1, "weights": "all"}])
-def test_trap_t13_router_gets_a_gradient_without_any_balance_loss(settings: dict[str, object]) -> None:
-    layer = router(**settings)
-    layer(seen(torch.randn(16, 6)), Replay()).weight_TK[:, 0].sum().backward()
-    assert layer.gate.grad is not None
-    assert layer.gate.grad.abs().sum() > 1e-3
-
-
-def test_one_choice_over_the_chosen_is_refused() -> None:
-    (problem,) = TopKRouter.problems(num_experts=8, top_k=1, weights="chosen")
-    assert problem.field == "router.weights"
-    assert TopKRouter.problems(num_experts=8, top_k=2) == []
-
-
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
 def test_balance_loss_is_one_when_even_and_e_over_k_when_collapsed(scope: str) -> None:
     balance = Balance(BalanceConfig(scope=scope), 8, alone())  # type: ignore[arg-type]
@@ -193,11 +134,3 @@ def test_global_batch_counts_run_on_over_micro_batches() -> None:
     routing = Routing(torch.zeros(6, 4), probs_TE, torch.zeros(6, 1, dtype=torch.int64), probs_TE[:, :1])
     loss = balance(routing, 1, torch.tensor([0, 6, 6, 6]))
     assert loss.balance.item() == pytest.approx(1.0)
-
-
-def test_replay_keeps_the_first_choice() -> None:
-    replay, layer = Replay(), router(noise="gaussian", noise_scale=5.0)
-    x_TD = torch.randn(64, 6)
-    first = layer(seen(x_TD), replay).expert_TK
-    assert torch.equal(layer(seen(x_TD), replay).expert_TK, first)
-    assert not torch.equal(layer(seen(x_TD), Replay()).expert_TK, first)

@@ -18,6 +18,12 @@ from moetrain.parallel.mesh import Mesh
 from moetrain.types import Batch, RouterInput, RouterSite
 
 VOCAB = 64
+ROUTER = {
+    "_target_": "moetrain.moe.routers.token_choice.TokenChoiceRouter",
+    "top_k": 2,
+    "select": "logits",
+    "weights": "chosen_softmax",
+}
 TARGETS = {
     "local": "moetrain.moe.dispatch.local.LocalDispatcher",
     "padded": "moetrain.moe.dispatch.padded.PaddedDispatcher",
@@ -26,7 +32,9 @@ TARGETS = {
 
 
 def tiny(**changes: Any) -> Config:
-    """A two-layer config; changes are dotted keys, ``__`` for the dot: ``tiny(model__dim=32, dispatch="local")``."""
+    """A two-layer config; changes are dotted keys, ``__`` for the dot: ``tiny(model__dim=32, dispatch="local")``;
+    ``router`` is a whole part.
+    """
     raw: dict[str, Any] = {
         "run": {"seed": 7},
         "model": {
@@ -41,7 +49,7 @@ def tiny(**changes: Any) -> Config:
             "init_std": 0.1,
         },
         "experts": {"num_experts": 8},
-        "router": {"_target_": "moetrain.moe.routers.topk.TopKRouter", "top_k": 2},
+        "router": changes.pop("router", dict(ROUTER)),
         "capacity": {"factor_train": None, "factor_eval": None},
         "dispatch": {"_target_": TARGETS[changes.pop("dispatch", "alltoall")]},
         "balance": {"balance_coef": 0.1, "z_coef": 0.01, "scope": "sequence"},

@@ -1,5 +1,5 @@
-"""The peer: Mixtral as Hugging Face transformers has it, data parallel by torch. The only file that imports
-transformers.
+"""The peer: Mixtral as Hugging Face transformers has it, data parallel by torch. The only file of the benchmark that
+imports transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moetrain.checks import traits_of
 from moetrain.config import Config
-from moetrain.engine.base import weight_dtype
+from moetrain.parallel.mesh import weight_dtype
 from moetrain.types import Batch, ConfigError, Problem
 
 

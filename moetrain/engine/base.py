@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moetrain.config import EngineConfig, OptimConfig
+from moetrain.canonical import State
+from moetrain.config import OptimConfig
 from moetrain.types import Batch, ModelOutput
 
 
@@ -38,37 +40,41 @@ class Engine(Protocol):
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """fp32 [B, S, V] in eval mode, without gradients. (Under ZeRO 3 the bare model has no weights for it.)"""
 
-    def state(self) -> dict[str, Tensor]:
-        """This rank's fp32 weights, optimiser state and persistent buffers: live tensors, valid until the next step."""
+    def state(self) -> State:
+        """fp32 weights, optimiser state and persistent buffers under canonical names: views of what is trained."""
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what ``state`` gave at the same world size, EP size, engine and ZeRO stage, to the bit.
+    def load_state(self, fill: Callable[[State], None]) -> None:
+        """Have ``fill`` write into everything that the state holds; then bring the model's weights in line.
 
-        Raises ValueError if names, shapes or dtypes are not those of this engine.
+        What any engine gave at any layout can be put back, to the bit. Collective.
         """
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with one fate: experts are reduced over their replicas only, and vectors (norms) do not decay."""
+    """Parameters with one fate, by name: experts are reduced over their replicas only, vectors (norms) do not decay."""
 
     name: str
-    params: list[nn.Parameter]
+    params: dict[str, nn.Parameter]
     is_expert: bool
     decays: bool
 
 
 def parameter_groups(model: nn.Module, ep_size: int) -> list[ParameterGroup]:
-    """Every trainable parameter once. At ``ep_size`` 1 each rank holds all experts: they are reduced like the rest."""
-    experts = model.expert_names() if ep_size > 1 else frozenset()
+    """Every trainable parameter once. At ``ep_size`` 1 each rank holds all experts: they are reduced like the rest.
+
+    An expert's parameter has one dim more than it would have alone, so a stacked bias is a vector too.
+    """
+    stacked = model.expert_names()
     groups = [
-        ParameterGroup(f"{'expert' if is_expert else 'dense'}.{'decay' if decays else 'plain'}", [], is_expert, decays)
+        ParameterGroup(f"{'expert' if is_expert else 'dense'}.{'decay' if decays else 'plain'}", {}, is_expert, decays)
         for is_expert in (False, True)
         for decays in (True, False)
     ]
     for name, param in model.named_parameters():
         if param.requires_grad:
-            groups[2 * (name in experts) + (param.dim() <= 1)].params.append(param)
+            decays = param.dim() - (name in stacked) > 1
+            groups[2 * (ep_size > 1 and name in stacked) + (not decays)].params[name] = param
     return [group for group in groups if group.params]
 
 
@@ -90,22 +96,9 @@ def set_lr(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def weight_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights in forward; masters and accumulated gradients are fp32 whatever it is."""
-    if engine.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.dtype]
-
-
 def detached(output: ModelOutput) -> ModelOutput:
     """The same numbers without their graph."""
     return ModelOutput(output.loss.detach(), output.lm.detach(), output.losses.detach())
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the weights (a router's bias, say), by name."""
-    kept = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 class ExpertWatch:

@@ -26,6 +26,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moetrain.canonical import State
 from moetrain.config import Config
 from moetrain.engine import zero
 from moetrain.engine.base import (
@@ -36,13 +37,11 @@ from moetrain.engine.base import (
     make_optimizer,
     param_options,
     parameter_groups,
-    persistent_buffers,
     set_lr,
-    weight_dtype,
 )
 from moetrain.engine.flat import FlatParameters
-from moetrain.engine.state import pack, unpack
-from moetrain.parallel.mesh import Mesh
+from moetrain.engine.state import CanonicalState
+from moetrain.parallel.mesh import Mesh, weight_dtype
 from moetrain.types import Batch, ModelOutput
 
 NEVER = 2**62
@@ -68,6 +67,7 @@ class _Engine:
         self.model = model.train()
         self._config, self._mesh, self._accumulation = config, mesh, accumulation
         self._watch = ExpertWatch(model)
+        self._canonical = CanonicalState(model, mesh, config.optim)
         self._num_done = 0
 
     def _initialize(self, optimizer: Optimizer, bf16: bool, clip_norm: float) -> None:
@@ -132,11 +132,12 @@ class ReplicatedEngine(_Engine):
         self._flat.attach()
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        return pack(self._flat.masters, self._optimizer, persistent_buffers(self.model))
+    def state(self) -> State:
+        return self._flat.state(self._canonical, self._optimizer, self._mesh)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        unpack(state, self._flat.masters, self._optimizer, persistent_buffers(self.model))
+    @torch.no_grad()
+    def load_state(self, fill: Callable[[State], None]) -> None:
+        fill(self.state())
         self._flat.refresh()
 
 
@@ -150,7 +151,7 @@ class ZeroEngine(_Engine):
         options = []
         for group in groups:
             moe = {"moe": True, "name": _group_name(mesh)} if group.is_expert else {"name": group.name}
-            options.append(param_options(group, list(group.params), config.optim) | moe)
+            options.append(param_options(group, list(group.params.values()), config.optim) | moe)
         bf16 = weight_dtype(config.engine, mesh.device) == torch.bfloat16
         self._initialize(make_optimizer(config.optim, options), bf16, config.optim.clip_norm or 0.0)
 
@@ -160,14 +161,15 @@ class ZeroEngine(_Engine):
         self._deepspeed.step()
         return float(self._deepspeed.get_global_grad_norm())
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         optimizer = self._deepspeed.optimizer
-        return pack(zero.masters(optimizer), zero.inner(optimizer), persistent_buffers(self.model))
+        held = zero.stretches(optimizer, self.model)
+        return self._canonical.of(held, held, zero.inner(optimizer))
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        optimizer = self._deepspeed.optimizer
-        unpack(state, zero.masters(optimizer), zero.inner(optimizer), persistent_buffers(self.model))
-        zero.refresh(optimizer)
+    @torch.no_grad()
+    def load_state(self, fill: Callable[[State], None]) -> None:
+        fill(self.state())
+        zero.refresh(self._deepspeed.optimizer)
 
 
 class _Open(nn.Module):

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
+from moetrain.canonical import State, Stretch
 from moetrain.engine.base import ParameterGroup
+from moetrain.engine.state import CanonicalState
 from moetrain.parallel.collectives import sum_over
+from moetrain.parallel.mesh import Mesh
 
 
 class FlatParameters:
@@ -27,10 +31,10 @@ class FlatParameters:
         self._weights: dict[str, Tensor] = {}
         self.masters: dict[str, Tensor] = {}
         for group in groups:
-            weights = torch.cat([p.detach().reshape(-1).to(dtype) for p in group.params])
+            weights = torch.cat([p.detach().reshape(-1).to(dtype) for p in group.params.values()])
             self._weights[group.name] = weights
             self.masters[group.name] = nn.Parameter(weights.float())
-            for param, view in zip(group.params, _views(weights, group), strict=True):
+            for param, view in zip(group.params.values(), _views(weights, group), strict=True):
                 param.data = view
                 param.grad_dtype = torch.float32
         self.dense_grad = self._zeros([g for g in groups if not g.is_expert])
@@ -49,7 +53,7 @@ class FlatParameters:
             grad = (self.expert_grad if group.is_expert else self.dense_grad)[start : start + master.numel()]
             used[group.is_expert] += master.numel()
             master.grad = grad
-            for param, view in zip(group.params, _views(grad, group), strict=True):
+            for param, view in zip(group.params.values(), _views(grad, group), strict=True):
                 param.grad = view
 
     def zero_grad(self) -> None:
@@ -71,10 +75,26 @@ class FlatParameters:
         return norm
 
     def _squares(self, *, is_expert: bool) -> Tensor:
-        grads = [p.grad for g in self._groups if g.is_expert is is_expert for p in g.params]
+        grads = [p.grad for g in self._groups if g.is_expert is is_expert for p in g.params.values()]
         assert all(grad is not None for grad in grads)
         norm = get_total_norm([g for g in grads if g is not None]) if grads else self.dense_grad.new_zeros(())
         return norm.double().square()
+
+    def state(self, canonical: CanonicalState, optimizer: Optimizer, mesh: Mesh) -> State:
+        """Every rank holds all of its masters; of those that others hold too, each writes its share."""
+        held, shares = [], []
+        for group in self._groups:
+            master, at = self.masters[group.name], 0
+            rank, world_size = mesh.rank, mesh.world_size
+            if group.is_expert:
+                rank, world_size = rank // mesh.ep_size, world_size // mesh.ep_size
+            begin, end = (master.numel() * r // world_size for r in (rank, rank + 1))
+            for name, param in group.params.items():
+                whole = Stretch(name, 0, param.numel(), master, at)
+                held.append(whole)
+                shares.append(whole.within(begin, end))
+                at += param.numel()
+        return canonical.of(held, shares, optimizer)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -86,5 +106,5 @@ class FlatParameters:
 
 def _views(flat: Tensor, group: ParameterGroup) -> list[Tensor]:
     """Pieces of ``flat`` in the shapes of the group's parameters."""
-    pieces = flat.split([p.numel() for p in group.params])
-    return [piece.view(p.shape) for piece, p in zip(pieces, group.params, strict=True)]
+    pieces = flat.split([p.numel() for p in group.params.values()])
+    return [piece.view(p.shape) for piece, p in zip(pieces, group.params.values(), strict=True)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moetrain.canonical import State
 from moetrain.config import Config
 from moetrain.engine.base import (
     ExpertWatch,
@@ -15,13 +17,11 @@ from moetrain.engine.base import (
     make_optimizer,
     param_options,
     parameter_groups,
-    persistent_buffers,
     set_lr,
-    weight_dtype,
 )
 from moetrain.engine.flat import FlatParameters
-from moetrain.engine.state import pack, unpack
-from moetrain.parallel.mesh import Mesh
+from moetrain.engine.state import CanonicalState
+from moetrain.parallel.mesh import Mesh, weight_dtype
 from moetrain.types import Batch, ModelOutput
 
 
@@ -32,6 +32,7 @@ class LocalEngine:
         self.model = model.train()
         self._mesh, self._accumulation, self._clip_norm = mesh, accumulation, config.optim.clip_norm
         self._watch = ExpertWatch(model)
+        self._canonical = CanonicalState(model, mesh, config.optim)
         groups = parameter_groups(model, mesh.ep_size)
         self._flat = FlatParameters(groups, weight_dtype(config.engine, mesh.device))
         masters = self._flat.masters
@@ -84,9 +85,10 @@ class LocalEngine:
         self.model.train()
         return logits_BSV
 
-    def state(self) -> dict[str, Tensor]:
-        return pack(self._flat.masters, self._optimizer, persistent_buffers(self.model))
+    def state(self) -> State:
+        return self._flat.state(self._canonical, self._optimizer, self._mesh)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        unpack(state, self._flat.masters, self._optimizer, persistent_buffers(self.model))
+    @torch.no_grad()
+    def load_state(self, fill: Callable[[State], None]) -> None:
+        fill(self.state())
         self._flat.refresh()

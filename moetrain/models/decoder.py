@@ -3,75 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.config import Config, ModelConfig
-from moetrain.models.attention import Attention, RMSNorm, document_mask, rotary_tables
+from moetrain.checks import traits_of
+from moetrain.config import Config
+from moetrain.models.attention import RMSNorm, document_mask, rotary_tables
+from moetrain.models.block import Block
+from moetrain.models.mixture_of_depths import DepthBlock, is_depth_block
 from moetrain.moe.adapt import adapt
 from moetrain.moe.balance import weighted
-from moetrain.moe.experts import FeedForward
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
+from moetrain.moe.units import in_our_units
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import Kernels, make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import Batch, LoadCounts, LossTerms, ModelOutput
-
-
-def is_moe_layer(model: ModelConfig, index: int) -> bool:
-    """Whether layer ``index`` is an MoE layer under the pattern of ``first_dense`` and ``moe_every``."""
-    return index >= model.first_dense and (index - model.first_dense) % model.moe_every == 0
-
-
-@dataclass(frozen=True)
-class BlockOutput:
-    """hidden_BSD, and the router losses of an MoE layer (None of a dense one)."""
-
-    hidden_BSD: Tensor
-    losses: LossTerms | None
-
-
-class Block(nn.Module):
-    """Pre-norm: attention, then a dense or an MoE feed-forward; both add to the residual."""
-
-    def __init__(
-        self, config: Config, index: int, mesh: Mesh, timeline: Timeline, kernels: Kernels, vocab_size: int
-    ) -> None:
-        super().__init__()
-        model = config.model
-        self.timeline = timeline
-        self.attention_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
-        self.attention = Attention(model, mesh.device, kernels)
-        self.ffn_norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
-        self.is_moe = is_moe_layer(model, index)
-        if self.is_moe:
-            self.moe = MoELayer(config, mesh, timeline, kernels, vocab_size, index)
-        else:
-            self.ffn = FeedForward(model.dim, model.ffn_dim, mesh.device, kernels)
-
-    def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
-        self.attention.init_weights(draw.of("attention"), std, std_out)
-        if self.is_moe:
-            self.moe.init_weights(draw.of("moe"), std, std_out)
-        else:
-            self.ffn.init_weights(draw.of("ffn"), std, std_out)
-
-    def forward(
-        self, x_BSD: Tensor, tokens_BS: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None, replay: Replay
-    ) -> BlockOutput:
-        through = self.timeline.through
-        normed_BSD = through(self.attention_norm(x_BSD), "rest", "attention")
-        x_BSD = x_BSD + through(self.attention(normed_BSD, tables_2Sd, mask_B1SS), "attention", "rest")
-        normed_BSD = self.ffn_norm(x_BSD)
-        if not self.is_moe:
-            return BlockOutput(x_BSD + self.ffn(normed_BSD), None)
-        out = self.moe(normed_BSD.flatten(0, 1), tokens_BS, replay)
-        return BlockOutput(x_BSD + out.hidden_TD.view_as(x_BSD), out.losses)
+from moetrain.types import Batch, Gauges, LoadCounts, LossTerms, ModelOutput
 
 
 class Decoder(nn.Module):
@@ -92,13 +44,20 @@ class Decoder(nn.Module):
         self.timeline = timeline or Timeline(mesh.device, enabled=False)
         self.kernels = kernels or make_kernels(mesh.device, "torch")
         self.embedding = nn.Embedding(vocab_size, model.dim, device=mesh.device)
-        blocks = [Block(config, i, mesh, self.timeline, self.kernels, vocab_size) for i in range(model.num_layers)]
+        kinds = [DepthBlock if is_depth_block(model, i) else Block for i in range(model.num_layers)]
+        blocks = [kind(config, i, mesh, self.timeline, self.kernels, vocab_size) for i, kind in enumerate(kinds)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(model.dim, model.norm_eps, mesh.device)
         if not model.tied_embeddings:
             self.head = nn.Parameter(torch.empty(vocab_size, model.dim, device=mesh.device))
         tables = rotary_tables(model.head_dim, model.context, model.rope_theta, mesh.device)
         self.register_buffer("rotary", tables, persistent=False)
+        self.balance = in_our_units(
+            config.balance,
+            top_k=traits_of(config).experts_per_token,
+            num_experts=config.experts.num_experts,
+            num_moe_layers=len(self.moe_layers()),
+        )
         self._init_weights(Draw(config.run.seed))
 
     def _init_weights(self, draw: Draw) -> None:
@@ -114,31 +73,34 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         """One micro-batch -> its loss: mean cross-entropy in nats, and the router losses with their coefficients."""
         mask_B1SS = None if batch.document_BS is None else document_mask(batch.document_BS)
-        hidden_BSD, terms = self._hidden(batch.tokens_BS, mask_B1SS)
+        hidden_BSD, losses = self._hidden(batch.tokens_BS, mask_B1SS)
         hidden_BSD = self.timeline.through(hidden_BSD, "rest", "vocabulary")
         logits_TV = self._project(hidden_BSD.flatten(0, 1)).float()
         lm = torch.nn.functional.cross_entropy(logits_TV, batch.targets_BS.flatten())
         lm = self.timeline.through(lm, "vocabulary", "rest")
-        losses = LossTerms.mean(terms)
-        return ModelOutput(lm + weighted(losses, self.config.balance), lm, losses)
+        loss = lm + weighted(losses, self.balance) + self.config.model.depth_coef * losses.depth
+        return ModelOutput(loss, lm, losses)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """[B, S] -> fp32 [B, S, V]."""
         hidden_BSD, _ = self._hidden(tokens_BS, None)
         return self._project(hidden_BSD).float()
 
-    def _hidden(self, tokens_BS: Tensor, mask_B1SS: Tensor | None) -> tuple[Tensor, list[LossTerms]]:
+    def _hidden(self, tokens_BS: Tensor, mask_B1SS: Tensor | None) -> tuple[Tensor, LossTerms]:
         x_BSD = self.embedding(tokens_BS)
         tables_2Sd = self.rotary[:, : tokens_BS.shape[1]]
         recompute = self.config.engine.recompute and torch.is_grad_enabled()
-        terms = []
+        terms, depths = [], []
         for block in self.blocks:
             args = (x_BSD, tokens_BS, tables_2Sd, mask_B1SS, Replay())
             out = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             x_BSD = out.hidden_BSD
-            if out.losses is not None:
-                terms.append(out.losses)
-        return self.norm(x_BSD), terms
+            terms += [] if out.losses is None else [out.losses]
+            depths += [] if out.depth is None else [out.depth]
+        losses = LossTerms.mean(terms) if terms else LossTerms.zeros(x_BSD.device)
+        if depths:
+            losses = replace(losses, depth=torch.stack(depths).mean())
+        return self.norm(x_BSD), losses
 
     def _project(self, x_XD: Tensor) -> Tensor:
         weight_VD = self.embedding.weight if self.config.model.tied_embeddings else self.head
@@ -169,3 +131,12 @@ class Decoder(nn.Module):
         """This rank's expert load since the last take; call it after every optimiser step."""
         counts_L2E = torch.stack([layer.load.take() for layer in self.moe_layers()])
         return LoadCounts(assigned_LE=counts_L2E[:, 0], kept_LE=counts_L2E[:, 1])
+
+    def take_gauges(self) -> list[Gauges]:
+        """This rank's gauges of each MoE layer since the last take."""
+        return [layer.gauges.take() for layer in self.moe_layers()]
+
+    def router_numbers(self) -> list[dict[str, float]]:
+        """What each MoE layer's router keeps outside of the gradient, the same on every rank. Reads the device."""
+        routers = [layer.router for layer in self.moe_layers()]
+        return [{name: float(value) for name, value in router.numbers().items()} for router in routers]

@@ -1,53 +1,92 @@
-"""The networks behind the router: stacked SwiGLU experts of this rank, and the plain SwiGLU that dense layers use."""
+"""The networks behind the router: stacked experts of this rank, and the plain network that dense layers use."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from moetrain.ops.grouped_mm import swiglu
+from moetrain.config import ExpertsConfig
+from moetrain.ops.activations import Activation
+from moetrain.ops.grouped_mm import add_grouped, grouped_linear
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import Kernels
 from moetrain.types import Dispatched
 
 
+def activation_of(config: ExpertsConfig) -> Activation:
+    """What routed experts, shared experts and dense layers have in common."""
+    return Activation(config.activation, config.activation_limit)
+
+
 class Experts(nn.Module):
     """Experts ``first_expert ... first_expert + num_local - 1``, stacked: gate_up [e, 2F, D], down [e, D, F].
 
-    It knows nothing of ranks: rows come grouped by expert and leave in the same order. Stacked weights always take
-    part in backward, so an expert without rows has zero gradients, never None.
+    Without a gate the first weight is up [e, F, D]. With biases, also gate_up_bias [e, 2F] (up_bias [e, F]) and
+    down_bias [e, D], which the combine weight multiplies like the rest of what the expert gives. It knows nothing of
+    ranks: rows come grouped by expert and leave in the same order. Stacked weights always take part in backward, so an
+    expert without rows has zero gradients, never None.
     """
 
     def __init__(
-        self, dim: int, expert_dim: int, num_local: int, first_expert: int, device: torch.device, kernels: Kernels
+        self,
+        config: ExpertsConfig,
+        dim: int,
+        expert_dim: int,
+        num_local: int,
+        first_expert: int,
+        device: torch.device,
+        kernels: Kernels,
     ) -> None:
         super().__init__()
-        self.first_expert, self.kernels = first_expert, kernels
-        self.gate_up = nn.Parameter(torch.empty(num_local, 2 * expert_dim, dim, device=device))
+        self.first_expert, self.kernels, self.activation = first_expert, kernels, activation_of(config)
+        self.first_name, self.has_bias = first_name(self.activation), config.bias
+        width = self.activation.num_inputs * expert_dim
+        self.register_parameter(self.first_name, nn.Parameter(torch.empty(num_local, width, dim, device=device)))
         self.down = nn.Parameter(torch.empty(num_local, dim, expert_dim, device=device))
+        if self.has_bias:
+            bias_eF = nn.Parameter(torch.zeros(num_local, width, device=device))
+            self.register_parameter(f"{self.first_name}_bias", bias_eF)
+            self.down_bias = nn.Parameter(torch.zeros(num_local, dim, device=device))
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
-        draw.experts_(self.gate_up, "gate_up", std, self.first_expert)
+        """Biases start at zero."""
+        draw.experts_(self.get_parameter(self.first_name), self.first_name, std, self.first_expert)
         draw.experts_(self.down, "down", std_out, self.first_expert)
 
     def forward(self, sent: Dispatched) -> Tensor:
         """rows_RD -> [R, D]."""
-        return self.kernels.experts(sent.rows_RD, self.gate_up, self.down, sent.ends_e, sent.rows_per_expert)
+        first, groups = getattr(self, self.first_name), (sent.ends_e, sent.rows_per_expert)
+        if self.activation == Activation("swiglu") and not self.has_bias:
+            return self.kernels.experts(sent.rows_RD, first, self.down, *groups)
+        hidden_RF = grouped_linear(sent.rows_RD, first, *groups)
+        if not self.has_bias:
+            return grouped_linear(self.activation(hidden_RF), self.down, *groups)
+        hidden_RF = add_grouped(hidden_RF, getattr(self, f"{self.first_name}_bias"), *groups)
+        return add_grouped(grouped_linear(self.activation(hidden_RF), self.down, *groups), self.down_bias, *groups)
 
 
 class FeedForward(nn.Module):
-    """A dense SwiGLU network: gate_up [2F, D], down [D, F]. Also the shared experts, of width num_shared * F."""
+    """A dense network: gate_up [2F, D] (without a gate, up [F, D]), down [D, F]; never with biases."""
 
-    def __init__(self, dim: int, hidden_dim: int, device: torch.device, kernels: Kernels) -> None:
+    def __init__(
+        self, activation: Activation, dim: int, hidden_dim: int, device: torch.device, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.gate_up = nn.Parameter(torch.empty(2 * hidden_dim, dim, device=device))
+        self.kernels, self.activation, self.first_name = kernels, activation, first_name(activation)
+        first = nn.Parameter(torch.empty(activation.num_inputs * hidden_dim, dim, device=device))
+        self.register_parameter(self.first_name, first)
         self.down = nn.Parameter(torch.empty(dim, hidden_dim, device=device))
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
-        draw.normal_(self.gate_up, "gate_up", std)
+        draw.normal_(self.get_parameter(self.first_name), self.first_name, std)
         draw.normal_(self.down, "down", std_out)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.kernels.linear(swiglu(self.kernels.linear(x_TD, self.gate_up)), self.down)
+        hidden_TF = self.kernels.linear(x_TD, getattr(self, self.first_name))
+        return self.kernels.linear(self.activation(hidden_TF), self.down)
+
+
+def first_name(activation: Activation) -> str:
+    """What the weight of the first linear map is called."""
+    return "gate_up" if activation.gated else "up"

@@ -13,10 +13,12 @@ from moetrain.config import Config
 from moetrain.moe.adapt import Observed
 from moetrain.moe.balance import Balance
 from moetrain.moe.capacity import Capacity
-from moetrain.moe.experts import Experts, FeedForward
+from moetrain.moe.experts import Experts
+from moetrain.moe.gauges import LayerGauges
 from moetrain.moe.load import ExpertLoad
 from moetrain.moe.replay import Replay
 from moetrain.moe.routers.base import Router
+from moetrain.moe.shared import SharedExperts
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import Kernels
 from moetrain.ops.timeline import Timeline
@@ -41,12 +43,13 @@ class MoELayer(nn.Module):
         self.router: Router = build(config.router, allow, site=site)
         self.capacity = Capacity(config.capacity, num_experts, traits_of(config).experts_per_token, mesh)
         self.dispatcher = build(config.dispatch, allow, num_experts=num_experts, mesh=mesh, timeline=timeline)
-        self.experts = Experts(dim, expert_dim, num_local, mesh.ep_rank * num_local, mesh.device, kernels)
-        num_shared = config.experts.num_shared
-        self.shared = FeedForward(dim, num_shared * expert_dim, mesh.device, kernels) if num_shared else None
+        first_expert = mesh.ep_rank * num_local
+        self.experts = Experts(config.experts, dim, expert_dim, num_local, first_expert, mesh.device, kernels)
+        shared = config.experts.num_shared > 0
+        self.shared = SharedExperts(config.experts, dim, expert_dim, mesh.device, kernels) if shared else None
         self.balance = Balance(config.balance, num_experts, mesh)
         self.load = ExpertLoad(num_experts, mesh.device)
-        self.observed = Observed()
+        self.gauges, self.observed = LayerGauges(), Observed()
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
         self.router.init_weights(draw.of("router"), std)
@@ -64,17 +67,20 @@ class MoELayer(nn.Module):
             self.load.record(placement)
         losses = self.balance(routing, num_sequences, self.load.pending_2E[0])
         sent = self.dispatcher(through(x_TD, "route", "dispatch"), placement)
+        if self.training:
+            self.gauges.record(placement, sent, num_sequences)
         sent = replace(sent, rows_RD=through(sent.rows_RD, "dispatch", "experts"))
         rows_RD = through(self.experts(sent), "experts", "combine")
         out_TD = through(self.dispatcher.combine(rows_RD, sent), "combine", "rest")
         if routing.identity_T is not None:
             out_TD = out_TD + (routing.identity_T.unsqueeze(1) * x_TD).to(x_TD.dtype)
         if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+            out_TD = self.shared.join(out_TD, x_TD)
         return MoEOutput(out_TD, losses)
 
     def commit(self) -> None:
         """Count the micro-batch just done, once."""
         self.load.commit()
+        self.gauges.commit()
         if self.router.adapts:
             self.observed.commit(self.router)

@@ -6,8 +6,9 @@ import resource
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moetrain.canonical import State
 from moetrain.monitor.report import RankMemory
 from moetrain.parallel.collectives import gather_equal
 from moetrain.parallel.mesh import Mesh
@@ -18,7 +19,7 @@ class HoldsState(Protocol):
 
     model: nn.Module
 
-    def state(self) -> dict[str, Tensor]: ...
+    def state(self) -> State: ...
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -33,14 +34,13 @@ def measure_memory(engine: HoldsState, mesh: Mesh) -> tuple[RankMemory, ...]:
 
     weights: of the model as it lies in memory (under ZeRO 3, where it is empty between steps, this rank's share);
     masters kept beside rounded weights and the optimiser's moments are ``optimizer``; gradients: one fp32 value for
-    each value of ``weight.*`` in the state.
+    each value of ``weight/*`` in the state.
     """
-    state = engine.state()
-    held = {name: t.numel() * t.element_size() for name, t in state.items()}
-    masters = sum(size for name, size in held.items() if name.startswith("weight."))
+    held = engine.state().held
+    masters = sum(piece.values_X.nbytes for piece in held if piece.key.startswith("weight/"))
     value = next(engine.model.parameters()).element_size()
     weights = max(sum(p.numel() for p in engine.model.parameters()) * value, masters // 4 * value)
-    moments = sum(size for name, size in held.items() if name.startswith("optimizer."))
+    moments = sum(piece.values_X.nbytes for piece in held if piece.key.startswith("optimizer/"))
     apart = masters if any(p.dtype != torch.float32 for p in engine.model.parameters()) else 0
     row = torch.tensor([weights, masters, moments + apart, peak_bytes(mesh.device)], device=mesh.device)
     rows = gather_equal(row, mesh.world_group).tolist()

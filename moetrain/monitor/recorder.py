@@ -7,16 +7,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
 
 from moetrain.config import Config
-from moetrain.models.counts import size_report
-from moetrain.models.decoder import is_moe_layer
-from moetrain.monitor.balance import Balance, flatten, summarise
+from moetrain.monitor.balance import Balance, summarise
+from moetrain.monitor.events import EventsFile
+from moetrain.monitor.expert_load import ExpertLoadFile, LoadWindow, SplitCounts, is_load_step
 from moetrain.monitor.jsonl import MetricsFile
 from moetrain.monitor.progress import Progress, Status
 from moetrain.monitor.report import (
@@ -27,10 +27,12 @@ from moetrain.monitor.report import (
     closing_report,
     write_report,
 )
+from moetrain.monitor.rows import Rows, Timing, losses
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.monitor.wandb import LayerLoad, WandbLogger, WandbSettings, is_picture_step
-from moetrain.monitor.window import WindowMeans
+from moetrain.monitor.window import GaugeMeans, WindowMeans
 from moetrain.parallel.mesh import Mesh
+from moetrain.types import LoadCounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +50,13 @@ class Recorder:
 
     def __init__(self, config: Config, mesh: Mesh, corpus: CorpusFacts, folder: RunFolder, start: int) -> None:
         self._config, self._mesh, self._corpus, self._folder = config, mesh, corpus, folder
-        self._layers = tuple(i for i in range(config.model.num_layers) if is_moe_layer(config.model, i))
-        self._flops_per_token = size_report(config, corpus.vocab_size).flops_per_token
-        self._tokens_per_step = config.train.global_batch * config.model.context
+        self._rows = Rows(config, mesh, corpus.vocab_size)
+        self._layers, self._tokens_per_step = self._rows.layers, self._rows.tokens_per_step
         self._metrics = MetricsFile(folder.metrics, start, start * self._tokens_per_step)
+        self._loads = ExpertLoadFile(folder.expert_load, start, start * self._tokens_per_step)
+        self._events = EventsFile(folder.events, start)
+        if start:
+            self.event(start, "resume", f"taken up after step {start} on {mesh.world_size} ranks", {})
         self._progress = Progress(sys.stderr, config.monitor.log_every) if config.monitor.progress else None
         self._wandb = self._open_wandb() if config.monitor.wandb != "off" else None
         self._status = Status(start, config.train.steps)
@@ -73,28 +78,44 @@ class Recorder:
         if self._progress is not None and not last and done % self._config.monitor.log_every:
             self._progress.update(self._status)
 
-    def window(self, done: int, means: WindowMeans, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
-        """The window that ends with step ``done``; phases: seconds since the last drain."""
-        self._skipped = int(numbers["train/skipped_steps"])
-        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
-        row = {"train/loss": means.loss, "train/lm_loss": means.lm, **self._terms("train", means)}
-        row |= {**numbers, "perf/tokens_per_second": tokens_per_second}
-        row |= {"perf/step_seconds": self._seconds / self._steps}
-        row |= {f"time/{name}_seconds": seconds / self._steps for name, seconds in phases.items()}
-        if (mfu := self._mfu(tokens_per_second)) is not None:
-            row["perf/mfu"] = mfu
-        balance = None if means.load is None else summarise(means.load, self._mesh.ep_size, self._layers)
-        self._write(done, row | ({} if balance is None else flatten(balance)))
+    def window(
+        self,
+        done: int,
+        means: WindowMeans,
+        numbers: Mapping[str, float],
+        states: Sequence[Mapping[str, float]],
+        phases: Mapping[str, float],
+    ) -> None:
+        """The window that ends with step ``done``; states: of each MoE layer's router; phases: seconds since the last
+        drain.
+        """
+        self._note_skipped(done, int(numbers["train/skipped_steps"]))
+        row = self._rows.of(means, numbers, states, Timing(self._steps, self._seconds, phases))
+        self._write(done, row.numbers)
         if self._wandb is not None and means.load is not None and self._is_picture_step(done):
             tokens = done * self._tokens_per_step
             self._wandb.load(LayerLoad(done, tokens, means.load.assigned_LE.numpy(), self._layers))
-        self._show(done, means, tokens_per_second, balance)
+        if means.load is not None and is_load_step(done, self._config.train.steps, self._config.monitor.log_every):
+            self._loads.write(self._load_window(done, means.load, means.gauges))
+        self._show(done, means, row.tokens_per_second, row.balance)
         self._end_window(means, phases)
+
+    def event(self, done: int, kind: str, message: str, data: Mapping[str, object]) -> None:
+        """Something that happened after step ``done``; see moetrain.monitor.events."""
+        self._events.write(done, kind, message, data)
+
+    def alarm(self, done: int, message: str) -> None:
+        """An event that an operator must see now."""
+        self.event(done, "alert", message, {})
+        if self._progress is not None:
+            self._progress.say(message)
+        else:
+            print(f"moetrain: {message}", file=sys.stderr, flush=True)
 
     def validation(self, done: int, means: WindowMeans) -> None:
         """Mean validation losses after step ``done``."""
         self._validation = means.lm
-        self._write(done, {"validation/lm_loss": means.lm, **self._terms("validation", means)})
+        self._write(done, {"validation/lm_loss": means.lm, **losses("validation", means)})
         if self._progress is not None:
             self._progress.say(f"step {done}: validation loss {means.lm:.3f}")
 
@@ -103,6 +124,8 @@ class Recorder:
         if self._progress is not None:
             self._progress.close()
         self._metrics.close()
+        self._loads.close()
+        self._events.close()
         notes = self._close_wandb()
         if self._skipped:
             notes.append(f"{self._skipped} steps were skipped: their gradients were not finite")
@@ -113,9 +136,27 @@ class Recorder:
         Console().print(closing_report(report, shutil.get_terminal_size().columns))
         write_report(report, self._folder.report)
 
-    def _terms(self, phase: str, means: WindowMeans) -> dict[str, float]:
-        """Router losses. Those beside balance and z are zero, and not told, in a run that does not use them."""
-        return {f"{phase}/{name}_loss": v for name, v in means.terms.items() if v != 0.0 or name in ("balance", "z")}
+    def _load_window(self, done: int, load: LoadCounts, gauges: GaugeMeans | None) -> LoadWindow:
+        return LoadWindow(
+            step=done,
+            tokens=done * self._tokens_per_step,
+            num_steps=self._steps,
+            layers=self._layers,
+            ep_size=self._mesh.ep_size,
+            assigned_LE=load.assigned_LE.numpy(),
+            kept_LE=load.kept_LE.numpy(),
+            received_LW=None if gauges is None else gauges.received_LW,
+            choice=None if gauges is None else SplitCounts(*gauges.choice_2LK),
+            position=None if gauges is None else SplitCounts(*gauges.position_2LP),
+        )
+
+    def _note_skipped(self, done: int, skipped: int) -> None:
+        """skipped: steps of this segment whose gradients were not finite."""
+        if (new := skipped - self._skipped) > 0:
+            self.event(
+                done, "skipped", f"{new} of {self._steps} steps had gradients that were not finite", {"steps": new}
+            )
+        self._skipped = skipped
 
     def _write(self, done: int, row: Mapping[str, float]) -> None:
         tokens = done * self._tokens_per_step
@@ -166,7 +207,7 @@ class Recorder:
             tokens=num_steps * self._tokens_per_step,
             seconds=perf_counter() - self._started,
             tokens_per_second=tokens_per_second,
-            mfu=self._mfu(tokens_per_second),
+            mfu=self._rows.mfu(tokens_per_second),
             loss=LossReport(
                 last.lm, self._validation, corpus.unigram_entropy, corpus.bigram_entropy, corpus.bytes_per_token
             ),
@@ -179,12 +220,6 @@ class Recorder:
             metrics=self._folder.metrics,
             checkpoint=saved,
         )
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        peak = self._config.machine.peak_tflops
-        if peak is None:
-            return None
-        return self._flops_per_token * tokens_per_second / (peak * 1e12 * self._mesh.world_size)
 
     def _is_picture_step(self, done: int) -> bool:
         return is_picture_step(done, self._config.train.steps, self._config.monitor.log_every)

@@ -2,10 +2,11 @@
 
 ::
 
-    outputs/<id>/config.yaml     the resolved config          metrics.jsonl   all numbers
-                 run.json        config hash, every start     report.txt      the closing report
-                 start-N.diff    uncommitted source of start N
-                 logs/rankN.log  one a rank                   checkpoints/
+    outputs/<id>/config.yaml     the resolved config          metrics.jsonl      all numbers
+                 run.json        config hash, every start     expert_load.jsonl  exact counts, of some windows
+                 start-N.diff    uncommitted source, start N  events.jsonl       what happened
+                 logs/rankN.log  one a rank                   report.txt         the closing report
+                 checkpoints/
 
 The id: ``run.id``, else SLURM_JOB_ID (a requeued job keeps it), else the ``--rdzv-id`` that the user gave to torchrun,
 else a time stamp. ``torchrun --standalone`` makes up a random id: such a run gets a time stamp too, and finds its
@@ -44,9 +45,15 @@ FREE = (
     "run.resume",
     "run.on_config_change",
     "data.cache",
+    "engine.name",
+    "engine.zero_stage",
+    "engine.ep_size",
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.keep_best",
+    "train.async_checkpoint",
     "train.sample_tokens",
 )
 
@@ -72,6 +79,14 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def expert_load(self) -> Path:
+        return self.path / "expert_load.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def report(self) -> Path:
@@ -144,7 +159,7 @@ def _prepare(config: Config, config_text: str, origin: Origin) -> str:
     folder.path.mkdir(parents=True, exist_ok=True)
     starts: list[dict[str, Any]] = []
     if folder.record.exists():
-        old = _read(folder.record)
+        old = read_record(folder.record)
         if old is None:
             fix = "choose another run.id, or delete that file if the run is to go on all the same"
             raise ConfigError([Problem("run.id", name, f"{folder.record} is damaged, so its config is not known", fix)])
@@ -196,7 +211,7 @@ def _restarted(root: Path, origin: Origin) -> str | None:
     if origin.launch_id is None:
         return None
     for record in root.glob("*/run.json"):
-        found = _read(record)
+        found = read_record(record)
         if found is not None and any(start["launch_id"] == origin.launch_id for start in found["starts"]):
             return record.parent.name
     return None
@@ -248,7 +263,7 @@ def _bound(flat: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in flat.items() if not key.startswith(FREE)}
 
 
-def _read(record: Path) -> dict[str, Any] | None:
+def read_record(record: Path) -> dict[str, Any] | None:
     """A run.json, or None if it is damaged or not one of ours."""
     try:
         found = json.loads(record.read_text())

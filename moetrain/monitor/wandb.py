@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from moetrain.monitor.balance import relative_load
 from moetrain.monitor.heatmap import heatmap
 from moetrain.monitor.jsonl import STEP, TOKENS
+from moetrain.monitor.pace import is_spread_step
 
 log = logging.getLogger(__name__)
 QUEUE_SIZE = 256
@@ -71,13 +72,10 @@ class _Scalars:
 
 
 def is_picture_step(step: int, steps: int, log_every: int) -> bool:
-    """Whether this logged step also gets histograms and the heat map: evenly spread, at most NUM_PICTURES a run.
-
-    A pure function of the step, so that a resumed run keeps the rhythm (wandb slows down beyond 1000 files a run).
+    """Whether this logged step also gets histograms and the heat map: evenly spread, at most NUM_PICTURES a run
+    (wandb slows down beyond 1000 files a run).
     """
-    num_logs = -(-steps // log_every)
-    every = -(-num_logs // NUM_PICTURES)
-    return step % log_every == 0 and (step // log_every) % every == 0
+    return is_spread_step(step, steps, log_every, NUM_PICTURES)
 
 
 class WandbLogger:

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from moetrain.parallel.collectives import sum_over
+from moetrain.parallel.collectives import ProcessGroup, sum_over
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import LoadCounts, LossTerms, ModelOutput
+from moetrain.types import Gauges, LoadCounts, LossTerms, ModelOutput
 
 NAMES = tuple(field.name for field in fields(LossTerms))
+Counts = NDArray[np.int64]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GaugeMeans:
+    """Gauges of all MoE layers over all ranks; a row a layer.
+
+    choice_2LK, position_2LP: assignments before and after dropping, by rank of the choice and by eighth of the
+    sequence. received_LW: rows that each rank's experts were given. entropy_L: of the full distribution, 1 is uniform.
+    confidence_L: mean of the largest probability. logit_rms_L, logit_max_L: of the router's logits.
+    """
+
+    choice_2LK: Counts
+    position_2LP: Counts
+    received_LW: Counts
+    entropy_L: Array
+    confidence_L: Array
+    logit_rms_L: Array
+    logit_max_L: Array
 
 
 @dataclass(frozen=True)
@@ -24,10 +48,11 @@ class WindowMeans:
     lm: float
     terms: Mapping[str, float]
     load: LoadCounts | None
+    gauges: GaugeMeans | None = None
 
 
 class Window:
-    """Two all-reduces per ``reduce``, whatever the number of layers: one of numbers, one of counts."""
+    """One all-reduce per ``reduce``, whatever the number of layers."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -37,6 +62,7 @@ class Window:
         self._sums_X = torch.zeros(2 + len(NAMES), dtype=torch.float64, device=self._mesh.device)
         self._num = 0
         self._load: LoadCounts | None = None
+        self._gauges: list[Gauges] | None = None
 
     def add(self, output: ModelOutput) -> None:
         """One micro-batch of this rank; nothing is read by the host."""
@@ -44,20 +70,60 @@ class Window:
         self._sums_X += torch.stack(numbers).to(torch.float64)
         self._num += 1
 
-    def add_load(self, load: LoadCounts) -> None:
-        """The expert load of one step of this rank."""
-        before = self._load
-        if before is not None:
-            load = LoadCounts(load.assigned_LE + before.assigned_LE, load.kept_LE + before.kept_LE)
-        self._load = load
+    def add_load(self, load: LoadCounts, gauges: list[Gauges]) -> None:
+        """The expert load of one step of this rank, and the gauges of each MoE layer."""
+        if self._load is None or self._gauges is None:
+            self._load, self._gauges = load, gauges
+            return
+        before, earlier = self._load, self._gauges
+        self._load = LoadCounts(load.assigned_LE + before.assigned_LE, load.kept_LE + before.kept_LE)
+        self._gauges = [old.plus(new) for old, new in zip(earlier, gauges, strict=True)]
 
     def reduce(self) -> WindowMeans:
         """The window over all ranks; starts a new one. Collective."""
-        group = self._mesh.world_group
-        loss, lm, *terms = (sum_over(self._sums_X, group) / (self._num * self._mesh.world_size)).tolist()
-        load = None
-        if self._load is not None:
-            counts_2LE = sum_over(torch.stack([self._load.assigned_LE, self._load.kept_LE]), group).cpu()
-            load = LoadCounts(counts_2LE[0], counts_2LE[1])
+        parts, load, gauges = [self._sums_X], self._load, self._gauges
+        if load is not None and gauges:
+            parts += [load.assigned_LE, load.kept_LE, *_parts(gauges, self._mesh)]
+        sums_X, *rest = sum_together(parts, self._mesh.world_group)
+        loss, lm, *terms = (sums_X / (self._num * self._mesh.world_size)).tolist()
+        counts, means = None, None
+        if rest:
+            counts = LoadCounts(rest[0].to(torch.int64), rest[1].to(torch.int64))
+            means = _means(rest[2:], num_experts=rest[0].shape[1])
         self._clear()
-        return WindowMeans(loss, lm, dict(zip(NAMES, terms, strict=True)), load)
+        return WindowMeans(loss, lm, dict(zip(NAMES, terms, strict=True)), counts, means)
+
+
+def sum_together(tensors: Sequence[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """Each tensor summed over the group, by one all-reduce; fp64 on the CPU, where integers below 2^53 stay exact."""
+    flat_X = torch.cat([tensor.to(torch.float64).flatten() for tensor in tensors])
+    sums_X = sum_over(flat_X, group).cpu()
+    pieces = sums_X.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _parts(gauges: list[Gauges], mesh: Mesh) -> list[Tensor]:
+    """What is summed; where each rank counts by itself, it has a column of its own."""
+    choice_2LK = torch.stack([g.choice_2K for g in gauges], dim=1)
+    position_2LP = torch.stack([g.position_2P for g in gauges], dim=1)
+    means = [torch.stack([g.tokens, g.entropy, g.confidence, g.logit_square]) for g in gauges]
+    received_LW = torch.zeros(len(gauges), mesh.world_size, dtype=torch.float64, device=mesh.device)
+    peak_LW = received_LW.clone()
+    received_LW[:, mesh.rank] = torch.stack([g.received for g in gauges]).double()
+    peak_LW[:, mesh.rank] = torch.stack([g.logit_peak for g in gauges])
+    return [choice_2LK, position_2LP, torch.stack(means), received_LW, peak_LW]
+
+
+def _means(sums: list[Tensor], num_experts: int) -> GaugeMeans:
+    choice_2LK, position_2LP, sums_L4, received_LW, peak_LW = (tensor.numpy() for tensor in sums)
+    tokens_L, entropy_L, confidence_L, square_L = sums_L4.T
+    tokens_L = np.where(tokens_L == 0, np.nan, tokens_L)
+    return GaugeMeans(
+        choice_2LK=choice_2LK.astype(np.int64),
+        position_2LP=position_2LP.astype(np.int64),
+        received_LW=received_LW.astype(np.int64),
+        entropy_L=entropy_L / tokens_L / max(math.log(num_experts), 1e-12),
+        confidence_L=confidence_L / tokens_L,
+        logit_rms_L=np.sqrt(square_L / tokens_L),
+        logit_max_L=peak_LW.max(axis=1),
+    )

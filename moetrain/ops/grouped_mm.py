@@ -19,6 +19,21 @@ def grouped_linear(x_RI: Tensor, weight_eOI: Tensor, ends_e: Tensor, rows_per_ex
     return torch.bmm(x_eRI, weight_eOI.transpose(1, 2)).flatten(0, 1)
 
 
+def add_grouped(x_RO: Tensor, bias_eO: Tensor, ends_e: Tensor, rows_per_expert: int | None) -> Tensor:
+    """[R, O] + [e, O] -> [R, O]: each row plus the vector of its expert; no host read.
+
+    The backward is a product too, which sums the gradients of an expert's rows without atomics, in fp32 inside. Zero
+    rows give zero (not None) gradients.
+    """
+    num_experts, dim_out = bias_eO.shape
+    if rows_per_expert is not None:
+        return (x_RO.view(num_experts, rows_per_expert, dim_out) + bias_eO.unsqueeze(1)).flatten(0, 1)
+    row_R = torch.arange(x_RO.shape[0], device=x_RO.device, dtype=ends_e.dtype)
+    expert_R = torch.searchsorted(ends_e, row_R, right=True)
+    is_of_Re = expert_R.unsqueeze(1) == torch.arange(num_experts, device=x_RO.device)
+    return x_RO + is_of_Re.to(bias_eO.dtype) @ bias_eO
+
+
 def grouped_swiglu(
     rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor, rows_per_expert: int | None
 ) -> Tensor:

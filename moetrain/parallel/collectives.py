@@ -78,6 +78,15 @@ def barrier(group: ProcessGroup | None) -> None:
         dist.barrier(group=group)
 
 
+def gather_texts(text: str, group: ProcessGroup | None) -> list[str]:
+    """Every rank's text, in order of rank."""
+    if group is None:
+        return [text]
+    box: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(box, text, group=group)
+    return box
+
+
 def broadcast_text(text: str, group: ProcessGroup | None) -> str:
     """Rank 0's text on every rank."""
     if group is None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moetrain.config import MachineConfig
+from moetrain.config import EngineConfig, MachineConfig
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,10 @@ def close_mesh() -> None:
     """Leave the process group, if there is one; a later ``init_mesh`` in the same process then works."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def weight_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights in forward; masters and accumulated gradients are fp32 whatever it is."""
+    if engine.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.dtype]

@@ -80,3 +80,7 @@ class Router(nn.Module, ABC):
     def adjust(self, seen: StepSeen) -> None:
         """Move buffers, in place, by what all ranks saw in the step. The same on every rank."""
         raise NotImplementedError
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What the log shall say of the buffers: scalars by name, few whatever E is."""
+        return {}

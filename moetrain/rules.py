@@ -92,6 +92,13 @@ def shared_to_join(shared_mode: str, num_shared: int) -> Problem | None:
     return Problem("experts.shared_mode", shared_mode, reason, "set experts.num_shared=1, or experts.shared_mode=add")
 
 
+def router_under_ep(traits: RouterTraits, ep_size: int | None, num_experts: int, world: int) -> Problem | None:
+    if traits.expert_parallel or (ep_size or math.gcd(world, num_experts)) == 1:
+        return None
+    reason = "the router needs all experts on every rank"
+    return Problem("engine.ep_size", ep_size, reason, "set engine.ep_size=1, or choose another router")
+
+
 def expert_parallel(ep_size: int | None, num_experts: int, world: int) -> Problem | None:
     if ep_size is None or (world % ep_size == 0 and num_experts % ep_size == 0):
         return None
@@ -256,6 +263,7 @@ RULES = (
     Rule(("experts.activation", "experts.activation_limit"), gate_to_limit),
     Rule(("experts.shared_mode", "experts.num_shared"), shared_to_join),
     Rule(("engine.ep_size", "experts.num_experts", "world"), expert_parallel),
+    Rule(("router.traits", "engine.ep_size", "experts.num_experts", "world"), router_under_ep),
     Rule(("train.global_batch", "train.micro_batch", "world"), whole_micro_batches),
     Rule(("model.num_heads", "model.num_kv_heads"), grouped_heads),
     Rule(("model.head_dim",), even_head),

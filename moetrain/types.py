@@ -63,7 +63,7 @@ class RouterTraits:
     causal_eval: whether a token's choice is untouched by later tokens. ragged: rows of expert_TK may be partly invalid.
     needs_tokens: reads token ids. noise: in training only. balance: what evens the load besides a loss. even: every
     expert gets equally many tokens by construction in training, so that no capacity of the fair share or more drops
-    any.
+    any. expert_parallel: works where experts are sharded over ranks.
     """
 
     experts_per_token: float
@@ -74,6 +74,7 @@ class RouterTraits:
     noise: str = "none"
     balance: str = "none"
     even: bool = False
+    expert_parallel: bool = True
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from moetrain.checks import ep_size_of, parse, world_of
 from moetrain.problems import report
-from moetrain.types import ConfigError, Problem
+from moetrain.types import ConfigError, Problem, RouterTraits
 from tests.tiny import TARGETS, tiny
 
 
@@ -268,6 +268,23 @@ def test_a_router_tells_its_traits() -> None:
     (problem,) = problems_of(container)
     assert problem.field == "router._target_"
     assert "traits" in problem.reason
+
+
+class Homebody(Lamp):
+    """A router that cannot do without the experts of other ranks."""
+
+    @staticmethod
+    def traits(*, num_experts: int) -> RouterTraits:
+        return RouterTraits(experts_per_token=1, expert_parallel=False)
+
+
+def test_a_router_that_needs_all_experts_is_refused_under_expert_parallelism() -> None:
+    container = raw(machine__allow_modules=["tests"])
+    container["router"] = {"_target_": "tests.test_config.Homebody"}
+    (problem,) = problems_of(container)
+    assert (problem.field, problem.fix) == ("engine.ep_size", "set engine.ep_size=1, or choose another router")
+    container["engine"]["ep_size"] = 1
+    assert parse(container, 2).engine.ep_size == 1
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a b", ".hidden"])

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter
 
 from moetrain.config import Config, Part
-from moetrain.parts import ABOUT, TARGET, parameters, part_problems, resolve
+from moetrain.parts import ABOUT, TARGET, failing, parameters, part_problems, resolve
 from moetrain.problems import MISSING, field_problems, nearest, typed
 from moetrain.rules import rule_problems
 from moetrain.types import ConfigError, Problem, RouterTraits
@@ -46,7 +46,7 @@ def problems_of(container: dict[str, Any], world_size: int | None, unsure: Colle
     for name in [name for name in CONTEXT if name not in unsure]:
         allow, num_experts = values.get("machine.allow_modules", []), values.get("experts.num_experts")
         found = part_problems(name, container.get(name, {}), allow, num_experts, CONTEXT[name])
-        found += [] if found or name != "router" else _no_router(container[name], allow)
+        found += [] if found or name != "router" else _traits_problems(container[name], num_experts, allow)
         values |= _right_part(name, container.get(name, {}), allow, num_experts, found)
         problems += found
     values = {field: value for field, value in values.items() if field.partition(".")[0] not in unsure}
@@ -60,10 +60,20 @@ def traits_of(config: Config) -> RouterTraits:
 
 
 def router_traits(part: Part, num_experts: int, allow: Sequence[str]) -> RouterTraits:
-    """What a router without problems says of itself among ``num_experts`` experts."""
+    """What a router without problems says of itself among ``num_experts`` experts. Raises ConfigError if it can't."""
     found = resolve(part[TARGET], allow)
     own = parameters(found, part, CONTEXT["router"])
-    traits: RouterTraits = found.traits(num_experts=num_experts, **own)  # type: ignore[attr-defined]
+    field, fix = f"router.{TARGET}", "subclass moetrain.moe.routers.base.Router"
+    if not hasattr(found, "traits"):
+        reason = "is no router: it has no static traits(*, num_experts, ...)"
+        raise ConfigError([Problem(field, part[TARGET], reason, fix)])
+    try:
+        traits = found.traits(num_experts=num_experts, **own)
+    except Exception as error:  # the class may be anybody's
+        raise ConfigError([failing(field, part[TARGET], "traits", error)]) from error
+    if not isinstance(traits, RouterTraits):
+        reason = f"its traits() gives {typed(type(traits).__name__)}, not RouterTraits"
+        raise ConfigError([Problem(field, part[TARGET], reason, "return a moetrain.types.RouterTraits")])
     return traits
 
 
@@ -137,15 +147,18 @@ def _right_part(
     own = parameters(found, part, CONTEXT[section])
     values = _right_values(section, own, part, problems)
     if section == "router" and num_experts is not None:
-        values["router.traits"] = found.traits(num_experts=num_experts, **own)  # type: ignore[attr-defined]
+        values["router.traits"] = router_traits(part, num_experts, allow)
     return values
 
 
-def _no_router(part: dict[str, Any], allow: list[str]) -> list[Problem]:
-    if hasattr(resolve(part[TARGET], allow), "traits"):
+def _traits_problems(part: Part, num_experts: int | None, allow: Sequence[str]) -> list[Problem]:
+    if num_experts is None:
         return []
-    reason = "is no router: it has no static traits(*, num_experts, ...)"
-    return [Problem(f"router.{TARGET}", part[TARGET], reason, "subclass moetrain.moe.routers.base.Router")]
+    try:
+        router_traits(part, num_experts, allow)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _news(problems: list[Problem], known: list[Problem]) -> list[Problem]:

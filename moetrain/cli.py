@@ -1,4 +1,4 @@
-"""The ``moetrain`` command: every sub-command takes the same Hydra overrides."""
+"""The ``moetrain`` command: sub-commands that need a configuration take the same Hydra overrides."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from moetrain.arguments import Parser, asked_world, environment_world
 from moetrain.checks import world_of
-from moetrain.compose import RECIPE, compose, options, resolved_yaml
+from moetrain.compose import RECIPE, compose, compose_with_about, options, resolved_yaml
 from moetrain.problems import report
+from moetrain.run_commands import COMMANDS
 from moetrain.types import ConfigError, Problem
 
 MISTAKE = 2
@@ -20,6 +21,7 @@ HELP = """\
 moetrain: distributed expert-parallel training of Mixture-of-Experts language models.
 
 usage: moetrain COMMAND [key=value | group=option ...] [--config-dir DIR]
+       moetrain COMMAND RUN
 
   train          train; start it with torchrun, one process a rank
   check          say what is wrong with a configuration, or print it resolved, with what follows from it
@@ -30,6 +32,11 @@ usage: moetrain COMMAND [key=value | group=option ...] [--config-dir DIR]
   routers        the routers that can be chosen with router=NAME: paper, traits, what each was measured against
   routers compare
                  train some of them at equal budget and seeds, and write one report
+  report RUN     a run as one HTML file; --compare RUN2 shows two beside each other
+  inspect RUN    where tokens go: --text, --corpus, and --walk, which shows the routing step by step without any run
+  doctor RUN     what is wrong with the routers of a run, by which numbers, and what to do
+  top RUN        the expert load of a run in the terminal, while it trains
+  wandb-setup    publish a view of the balance in a wandb project
 
 moetrain COMMAND --help says more. For example:
 
@@ -75,6 +82,8 @@ def _dispatch(arguments: list[str]) -> int:
         from moetrain.survey.command import routers
 
         return routers(rest)
+    if command in COMMANDS:
+        return COMMANDS[command](rest)
     if command in ("--help", "-h"):
         print(HELP, end="")
         return 0
@@ -83,21 +92,29 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     parsed = Parser("train", "Train. The number of ranks is torchrun's.").parse_intermixed_args(arguments)
-    config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
+    composed = compose_with_about(parsed.overrides, environment_world() or 1, parsed.config_dir)
+    from moetrain.router_report import published_notes
     from moetrain.train import main as train_main
 
-    return train_main(config)
+    if os.environ.get("RANK", "0") == "0":
+        for note in published_notes(composed, parsed.config_dir):
+            print(f"moetrain: {note}", file=sys.stderr, flush=True)
+    return train_main(composed.config)
 
 
 def _check(arguments: list[str]) -> int:
     description = "Check a configuration and print it resolved, with what follows from it. Starts no process group."
     parsed = Parser("check", description, world=True).parse_intermixed_args(arguments)
     world_size = asked_world(parsed.world)
-    config = compose(parsed.overrides, world_size, parsed.config_dir)
+    composed = compose_with_about(parsed.overrides, world_size, parsed.config_dir)
     from moetrain.plan import describe, make_plan
+    from moetrain.router_report import router_report
 
+    config = composed.config
+    world = world_of(config, world_size)
+    follows = [describe(make_plan(config, world)), router_report(composed, world, parsed.config_dir)]
     print(resolved_yaml(config))
-    print("\n".join(f"# {line}" for line in describe(make_plan(config, world_of(config, world_size))).splitlines()))
+    print("\n".join(f"# {line}" for text in follows for line in text.splitlines()))
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from moetrain.checks import parse, problems_of
-from moetrain.config import Config
-from moetrain.problems import nearest
+from moetrain.config import AboutPart, Config
+from moetrain.parts import ABOUT
+from moetrain.problems import unknown_option
 from moetrain.types import ConfigError, Problem
 
-RECIPE = "recipe"
+RECIPE, ROUTER = "recipe", "router"
 _FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -40,7 +41,20 @@ class Choice:
     group: str | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A checked config, and what the router's option says of itself, which is no part of it; None: nothing."""
+
+    config: Config
+    about: AboutPart | None
+
+
 def compose(overrides: Sequence[str], world_size: int | None = None, config_dir: str | None = None) -> Config:
+    """The config of ``compose_with_about``."""
+    return compose_with_about(overrides, world_size, config_dir).config
+
+
+def compose_with_about(overrides: Sequence[str], world_size: int | None, config_dir: str | None) -> Composed:
     """The config that ``overrides`` (as typed) describe, over conf/train.yaml. Raises ConfigError with all problems.
 
     ``world_size``: the ranks that will run it; None: as many as the recipe says. ``config_dir``: a folder with options
@@ -64,9 +78,11 @@ def compose(overrides: Sequence[str], world_size: int | None = None, config_dir:
             container = _container(choices, config_dir)
     if isinstance(container, Problem):
         raise ConfigError([*problems, container])
+    problems += about_problems(ROUTER, container.get(ROUTER), config_dir)
     if problems:
         raise ConfigError([*problems, *problems_of(container, world_size, _unsure(choices, problems))])
-    return parse(container, world_size)
+    config, about = parse(container, world_size), container[ROUTER].get(ABOUT)
+    return Composed(config, None if about is None else AboutPart(**about))
 
 
 def resolved_yaml(config: Config) -> str:
@@ -107,6 +123,18 @@ def option_values(group: str, names: Sequence[str], config_dir: str | None = Non
     return found
 
 
+def about_problems(section: str, part: object, config_dir: str | None = None) -> list[Problem]:
+    """Options of conf/balance and conf/capacity that a part names under ``_about_`` and that do not exist."""
+    about = part.get(ABOUT) if isinstance(part, Mapping) else None
+    named = {group: about.get(group) for group in ("balance", "capacity")} if isinstance(about, Mapping) else {}
+    found = [
+        unknown_option(group, name, options(group, config_dir))
+        for group, name in named.items()
+        if isinstance(name, str) and name not in options(group, config_dir)
+    ]
+    return [dataclasses.replace(problem, field=f"{section}.{ABOUT}.{problem.field}") for problem in found]
+
+
 def conf_folder() -> Path:
     """conf/ as it lies in an installed wheel, or at the top of the checkout."""
     installed = Path(__file__).parent / "conf"
@@ -143,9 +171,7 @@ def _understand(text: str, config_dir: str | None) -> Choice | Problem:
         return Problem(field, value, reason, fix)
     key = override.key_or_group
     if override.is_sweep_override():
-        return Problem(
-            key, value, "is a sweep, and one run takes one value", f"write {key}=[{value}] for a list, or one"
-        )
+        return _sweep(key, value)
     if key.partition(".")[0] == "hydra":
         fix = "leave it out; use --config-dir for configs of your own and run.root for the output folder"
         return Problem(key, value, "moetrain composes its config by itself and reads no hydra.* settings", fix)
@@ -161,9 +187,16 @@ def _group_choice(override: Override, text: str, config_dir: str | None) -> Choi
     known = options(group, config_dir)
     if option in known or (group == RECIPE and option is None):
         return Choice(text.lstrip("+"), text, group)
-    near = nearest(str(option), known)
-    suffix = f"; nearest is {group}={near}" if near else ""
-    return Problem(group, option, f"there is no such option of group {group!r}", f"choose {' | '.join(known)}{suffix}")
+    return unknown_option(group, option, known)
+
+
+def _sweep(key: str, value: str) -> Problem:
+    """Of ``key=a,b``: a group has one option, a value may be meant as a list."""
+    fix = f"write {key}=[{value}] for a list, or one"
+    if key in _groups():
+        fix = f"choose one, {key}={value.partition(',')[0]}, say"
+        fix += f"; to train them all and compare: moetrain routers compare {key}={value}" if key == ROUTER else ""
+    return Problem(key, value, "is a sweep, and one run takes one value", fix)
 
 
 def _compose(choices: Sequence[Choice], config_dir: str | None) -> DictConfig:
@@ -226,5 +259,8 @@ def _config_dir_problems(config_dir: str | None) -> list[Problem]:
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of an error's text, without a full stop."""
+    """The first line of an error's text, without a full stop; file and line of a file that is no YAML."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: no YAML, {error.problem}"
     return str(error).strip().splitlines()[0].rstrip(".:")

@@ -63,12 +63,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class AboutPart:
-    """What a part says of itself under ``_about_``: where it was published, and the option of ``conf/balance`` that it
-    was published with.
+    """What a part says of itself under ``_about_``: where it was published, and the options of ``conf/balance``
+    (default: our own) and ``conf/capacity`` (null: not known) that come nearest to what it was published with.
     """
 
     paper: str
-    balance: str = "switch"
+    balance: str = "default"
+    capacity: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -118,8 +119,8 @@ class BalanceConfig:
 
     device_coef, communication_coef: DeepSeek-V2's, over ``num_devices`` groups of experts (null: the EP ranks), of
     which a token reaches ``devices_per_token`` at most (null: as many as it has experts).
-    importance_coef: CV^2 of the experts' summed weights (Shazeer et al. 2017). units: what ``balance_coef`` was copied
-    from; it is converted to ours (see moetrain.moe.units).
+    importance_coef: CV^2 of the experts' summed weights (Shazeer et al. 2017). units: what the other coefficients
+    were copied from; they are converted to ours (see moetrain.moe.units).
     """
 
     balance_coef: float = Field(default=0.01, ge=0)
@@ -131,6 +132,30 @@ class BalanceConfig:
     num_devices: int | None = Field(default=None, ge=1)
     devices_per_token: int | None = Field(default=None, ge=1)
     units: BalanceUnits = "moetrain"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ControlConfig:
+    """Corrections at log windows, each off where its first key is null.
+
+    target_max_vio: mean over layers, to which balance_coef (in moetrain's units) is steered, by at most a factor of
+    aux_step a window. target_drop: dropped share, to which capacity.factor_train is steered likewise. bias_decay_from:
+    share of the run from which the selection bias's rate falls, linearly, to 0. revive_after_steps: so long without a
+    token, and an expert is restarted from a busy one, revive_max times at most; noise over the weights' rms.
+    """
+
+    target_max_vio: float | None = Field(default=None, gt=0)
+    aux_min: float = Field(default=1e-4, gt=0)
+    aux_max: float = Field(default=0.1, gt=0)
+    aux_step: float = Field(default=1.5, gt=1)
+    target_drop: float | None = Field(default=None, gt=0, lt=1)
+    capacity_min: float = Field(default=1.0, gt=0)
+    capacity_max: float = Field(default=2.0, gt=0)
+    capacity_step: float = Field(default=1.1, gt=1)
+    bias_decay_from: float | None = Field(default=None, ge=0, lt=1)
+    revive_after_steps: int | None = Field(default=None, gt=0)
+    revive_max: int = Field(default=3, ge=1)
+    revive_noise: float = Field(default=0.1, gt=0)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -205,7 +230,9 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class MonitorConfig:
-    """metrics.jsonl is always written; the rest is by choice. ``log_every`` is in steps."""
+    """metrics.jsonl is always written; the rest is by choice. ``log_every``, ``gradient_ratio_every`` (0: never; see
+    moetrain.monitor.gradient_ratio) are in steps.
+    """
 
     log_every: int = Field(default=10, gt=0)
     progress: bool = True
@@ -213,6 +240,7 @@ class MonitorConfig:
     wandb_project: str = "moetrain"
     wandb_group: str | None = None
     timing: bool = True
+    gradient_ratio_every: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -228,9 +256,11 @@ class MachineConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DebugConfig:
-    """Ways to look for a fault. overfit: the same batch at every step. fake_world: dry-run at this world size."""
+    """Ways to look for a fault. overfit: the same batch at every step. fake_world: dry-run at this world size.
+    collapsed_router: a bias sends all tokens to experts 0 and 1 from the start."""
 
     overfit: bool = False
+    collapsed_router: bool = False
     fake_world: int | None = Field(default=None, gt=0)
 
 
@@ -257,6 +287,7 @@ class Config:
     capacity: CapacityConfig
     dispatch: Part
     balance: BalanceConfig
+    control: ControlConfig
     engine: EngineConfig
     optim: OptimConfig
     data: DataConfig

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import traceback
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
@@ -93,8 +94,19 @@ def part_problems(
     if ABOUT in part:
         problems += field_problems(f"{section}.{ABOUT}", AboutPart, part[ABOUT])
     if not problems and num_experts is not None and hasattr(found, "problems"):
-        problems += found.problems(num_experts=num_experts, **parameters(found, dict(part), context_names))
+        own = parameters(found, dict(part), context_names)
+        try:
+            problems += found.problems(num_experts=num_experts, **own)
+        except Exception as error:  # the class may be anybody's
+            problems.append(failing(f"{section}.{TARGET}", target, "problems", error))
     return problems
+
+
+def failing(field: str, target: str, method: str, error: Exception) -> Problem:
+    """A class whose ``method`` raised when it was asked about its settings."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"its {method}() raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+    return Problem(field, target, reason, "correct that class")
 
 
 def _schema(found: type, context_names: Collection[str]) -> type:

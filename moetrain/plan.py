@@ -16,7 +16,7 @@ from moetrain.models.counts import SizeReport, share_through, size_report
 from moetrain.models.decoder import Decoder
 from moetrain.moe.units import in_our_units
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
-from moetrain.types import Batch
+from moetrain.types import Batch, ConfigError, Problem
 
 GIB = 2**30
 PADDED = {"_target_": "moetrain.moe.dispatch.padded.PaddedDispatcher"}
@@ -27,7 +27,7 @@ class Plan:
     """Per rank of a world: parameters held, bytes of training state, bytes sent per step by the experts' all-to-all.
 
     ``state_bytes`` are weights, gradients and optimiser state under the ZeRO stage; activations are not in it.
-    ``balance`` is as configured, ``balance_coef`` its coefficient in our units.
+    ``ours`` is the balance section in our units. ``notes`` say what in the configuration may surprise.
     """
 
     world_size: int
@@ -39,17 +39,26 @@ class Plan:
     state_bytes: int
     tokens_per_step: int
     exchange_bytes: int
-    balance: BalanceConfig
-    balance_coef: float
+    ours: BalanceConfig
+    active_note: str
+    exchange_note: str
+    notes: tuple[str, ...]
 
 
 def vocab_size_of(config: Config) -> int:
-    """``model.vocab_size``, or that of the tokenizer which the data section names (prepared bins bring their own)."""
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
+    """``model.vocab_size``, or that of the tokenizer which the data section names (prepared bins bring their own).
+
+    Raises ConfigError where the tokenizer has ids that the model has not.
+    """
     if config.data.source == "bins":
-        return prepare(config.data, context=config.model.context).vocab_size
-    return load_tokenizer(config.data.tokenizer).vocab_size
+        num_ids = prepare(config.data, context=config.model.context).vocab_size
+    else:
+        num_ids = load_tokenizer(config.data.tokenizer).vocab_size
+    asked = config.model.vocab_size
+    if asked is not None and asked < num_ids:
+        fix = f"leave it null, or set model.vocab_size={num_ids} or more"
+        raise ConfigError([Problem("model.vocab_size", asked, f"the tokenizer has {num_ids:,} ids", fix)])
+    return num_ids if asked is None else asked
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -75,17 +84,18 @@ def make_plan(config: Config, world_size: int) -> Plan:
         state,
         train.global_batch * model.context,
         exchange,
-        config.balance,
-        balance_coef_of(config),
+        balance_of(config),
+        _active_note(config),
+        _exchange_note(config),
+        (*_units_note(config), *_ragged_note(config), *_peeking_note(config)),
     )
 
 
-def balance_coef_of(config: Config) -> float:
-    """``balance.balance_coef`` in our units, whatever it was copied from."""
+def balance_of(config: Config) -> BalanceConfig:
+    """The balance section in our units, whatever it was copied from."""
     num_moe_layers = sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     top_k, num_experts = traits_of(config).experts_per_token, config.experts.num_experts
-    ours = in_our_units(config.balance, top_k=top_k, num_experts=num_experts, num_moe_layers=num_moe_layers)
-    return ours.balance_coef
+    return in_our_units(config.balance, top_k=top_k, num_experts=num_experts, num_moe_layers=num_moe_layers)
 
 
 def _state_bytes(parameters: int, replicas: int, config: Config) -> int:
@@ -127,7 +137,7 @@ def describe(plan: Plan) -> str:
     return "\n".join(
         [
             f"parameters      {_short(size.total)} total, {_short(size.active)} active per token"
-            f" ({_short(size.active_without_embedding)} without the input embedding)",
+            f" ({_short(size.active_without_embedding)} without the input embedding){plan.active_note}",
             f"FLOPs           {_short(size.flops_per_token)} per token, forward and backward",
             f"layout          {plan.world_size} ranks: EP {plan.ep_size} x expert-DP {plan.world_size // plan.ep_size},"
             f" accumulation {plan.accumulation}",
@@ -135,8 +145,8 @@ def describe(plan: Plan) -> str:
             f" {plan.state_bytes / GIB:.2f} GiB of weights, gradients and optimiser state{_start_note(plan)}"
             " (activations come on top)",
             f"per step        {_short(plan.tokens_per_step)} tokens; each rank sends about"
-            f" {plan.exchange_bytes / GIB:.3f} GiB in the experts' all-to-all (dropless, even load)",
-            *_units_note(plan),
+            f" {plan.exchange_bytes / GIB:.3f} GiB in the experts' all-to-all ({plan.exchange_note})",
+            *plan.notes,
         ]
     )
 
@@ -151,14 +161,58 @@ def main_report(config: Config, world_size: int) -> str:
     )
 
 
-def _units_note(plan: Plan) -> list[str]:
-    """What a coefficient that was copied from elsewhere becomes."""
-    balance = plan.balance
-    if balance.units == "moetrain":
+def _active_note(config: Config) -> str:
+    traits = traits_of(config)
+    return f", expected: at {traits.experts_per_token:g} experts a token" if traits.ragged else ""
+
+
+def _exchange_note(config: Config) -> str:
+    """What the traffic is counted for."""
+    traits, factor = traits_of(config), config.capacity.factor_train
+    said = [f"expected: at {traits.experts_per_token:g} experts a token"] if traits.ragged else []
+    said += ["at an even load"]
+    if config.dispatch["_target_"] == PADDED["_target_"] and config.capacity.slots_train is None:
+        said += [f"{factor:g} times that with the empty slots"]
+    elif factor is not None:
+        said += ["if nothing is dropped"]
+    return ", ".join(said)
+
+
+def _units_note(config: Config) -> list[str]:
+    """What coefficients that were copied from elsewhere become."""
+    given, ours = config.balance, balance_of(config)
+    if given.units == "moetrain":
+        return []
+    names = ("balance_coef", "device_coef", "communication_coef", "z_coef")
+    said = [f"{name} {getattr(given, name):g} = {getattr(ours, name):g}" for name in names if getattr(given, name)]
+    what = f"{', '.join(said) or 'nothing'} in moetrain's (1.0 is even, mean over layers)"
+    return [f"router losses   from units of {given.units}: {what}"]
+
+
+def _ragged_note(config: Config) -> list[str]:
+    """A limit that is counted from an expected number of experts per token."""
+    traits, capacity = traits_of(config), config.capacity
+    if not traits.ragged or traits.even or capacity.factor_train is None:
+        return []
+    slots = f"for the {traits.experts_per_token:g} experts a token that are expected"
+    if capacity.slots_train is not None:
+        slots = f"{capacity.slots_train} an expert"
+    return [
+        f"capacity        slots are {slots}, but the router takes as many as it likes, at the start maybe far more:"
+        " what is beyond is dropped (capacity=dropless dispatch=alltoall drops nothing)"
+    ]
+
+
+def _peeking_note(config: Config) -> list[str]:
+    """A limit in evaluation under which a token's loss can depend on later tokens."""
+    traits, capacity = traits_of(config), config.capacity
+    in_order = capacity.priority == "token_major"
+    one_choice = traits.experts_per_token == 1 and not traits.ragged and capacity.priority in ("choice_major", "random")
+    if capacity.factor_eval is None or in_order or one_choice:
         return []
     return [
-        f"balance loss    balance_coef {balance.balance_coef:g} in units of {balance.units}"
-        f" = {plan.balance_coef:g} in moetrain's (1.0 is even, mean over layers)"
+        f"validation      can peek: under capacity.priority={capacity.priority} a later token can take the slot of an"
+        " earlier one in evaluation too (causal: capacity.priority=token_major, or capacity=dropless dispatch=alltoall)"
     ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from moetrain.types import Problem
 
 MISSING = "???"
+_DEPTHS = "Mixture of Depths is no router, it decides which tokens pass a layer at all: model.depth_every=2"
+_SOFT = "it is left out: its slots are mixtures of all tokens, so there is no assignment to count, limit or dispatch"
+_NO_ROUTER = {**dict.fromkeys(("mod", "mixtureofdepths", "depth", "depths"), _DEPTHS), "softmoe": _SOFT, "soft": _SOFT}
 
 _EXPECTED = {
     bool: ("true or false", "true"),
@@ -57,6 +61,18 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option that ``word`` was most likely meant to be, or None when none is like it."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def unknown_option(group: str, option: object, known: Sequence[str]) -> Problem:
+    """``option`` is not among the options of a group, ``known``."""
+    near = difflib.get_close_matches(str(option), known, n=3, cutoff=0.5)
+    suffix = f"nearest is {group}={near[0]}" if near else ""
+    words = [f"choose {' | '.join(known)}", suffix]
+    if group == "router":
+        words = [f"{suffix} (or {', '.join(near[1:])})" if near[1:] else suffix, "moetrain routers lists them all"]
+    note = _NO_ROUTER.get(re.sub("[^a-z]", "", str(option).lower())) if group == "router" else None
+    fix = note or "; ".join(filter(None, words))
+    return Problem(group, option, f"there is no such option of group {group!r}", fix)
 
 
 def report(problems: Iterable[Problem]) -> str:
@@ -112,6 +128,8 @@ def _wrong_type(schema: type, key: str, field: str, value: object, message: str)
         reason += ", or null"
     if str in kinds and value is not None and not isinstance(value, (dict, list)):
         return Problem(field, value, reason, f"quote it for Hydra too: {field}='\"{typed(value)}\"'")
+    if kinds == [bool] and not isinstance(value, bool) and value in (0, 1):
+        return Problem(field, value, reason, f"write {field}={typed(value == 1)}")
     if kinds == [int] and isinstance(value, float) and value.is_integer():
         return Problem(field, value, f"{reason}, written as one", f"write {field}={int(value)}")
     return Problem(field, value, reason, _instance(schema, key, field))

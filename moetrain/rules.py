@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moetrain import capacity_rules as capacity
+from moetrain import control_rules as control
+from moetrain import depth_rules as depth
 from moetrain.types import Problem, RouterTraits
 
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
@@ -19,28 +22,36 @@ PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
 UNGATED = ("relu", "relu2")
 TOKENIZERS = ("kjv", "byte")
 WIDTH_UNIT = 8  # values of bf16 in 16 bytes
+STEERED = tuple(f"control.{key}" for key in ("target_max_vio", "target_drop", "bias_decay_from", "revive_after_steps"))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``check`` gets the values of ``fields``, in that order, when all of them are known."""
+    """``check`` gets the values of ``fields``, in that order, when all of them are known or stood for."""
 
     fields: tuple[str, ...]
     check: Callable[..., Problem | None]
+    otherwise: Mapping[str, Any] = field(default_factory=dict)
+    """What stands for fields that not every part has."""
 
 
 def rule_problems(values: Mapping[str, Any]) -> list[Problem]:
     """What the rules say of ``values``: ``section.key`` -> value, and ``world``. A rule of unknown fields is silent."""
-    applicable = [rule for rule in RULES if all(field in values for field in rule.fields)]
-    found = [rule.check(*(values[field] for field in rule.fields)) for rule in applicable]
+    known = [(rule, {**rule.otherwise, **values}) for rule in RULES]
+    found = [
+        rule.check(*(of[key] for key in rule.fields)) for rule, of in known if all(key in of for key in rule.fields)
+    ]
     return [problem for problem in found if problem is not None]
 
 
-def top_k_of_experts(top_k: int, num_experts: int) -> Problem | None:
+def top_k_of_experts(top_k: int, num_experts: int, zero_experts: int) -> Problem | None:
     if top_k < 1:
         return Problem("router.top_k", top_k, "a token needs at least one expert", "set router.top_k=1 or more")
     if top_k > num_experts:
         reason = f"a token can't choose {top_k} different experts of {num_experts}"
+        if zero_experts:
+            reason = f"all that a token chooses may be real experts, of which there are {num_experts}"
+            reason += f", whatever the {zero_experts} zero experts take"
         fix = f"set router.top_k={num_experts} or less, or experts.num_experts={top_k} or more"
         return Problem("router.top_k", top_k, reason, fix)
     return None
@@ -53,28 +64,6 @@ def sees_no_later_token(traits: RouterTraits, allow_noncausal: bool) -> Problem 
     reason = f"the router's choice for a token looks at later tokens ({when}), which a causal language model can't"
     fix = "choose another router, or accept that its losses can't be compared: experts.allow_noncausal=true"
     return Problem("experts.allow_noncausal", allow_noncausal, reason, fix)
-
-
-def depth_sees_later_tokens(depth_every: int, allow_noncausal: bool) -> Problem | None:
-    if allow_noncausal or depth_every == 0:
-        return None
-    reason = (
-        f"in training, model.depth_every = {depth_every} compares a token with later ones to choose who goes through a"
-        " block, which a causal language model can't (evaluation is causal: it asks a predictor)"
-    )
-    fix = "set model.depth_every=0, or accept that training losses can't be compared: experts.allow_noncausal=true"
-    return Problem("experts.allow_noncausal", allow_noncausal, reason, fix)
-
-
-def depth_varies_in_evaluation(depth_every: int, target: str, scope: str) -> Problem | None:
-    if depth_every == 0 or (target != PADDED and scope == "rank"):
-        return None
-    reason = "in evaluation each rank and each sequence has another number of tokens that go through a block"
-    if target == PADDED:
-        fix = "choose dispatch=alltoall, or set model.depth_every=0"
-        return Problem("dispatch._target_", target, f"{reason}, and padded buffers have one size", fix)
-    fix = "set capacity.scope=rank, or model.depth_every=0"
-    return Problem("capacity.scope", scope, f"{reason}, so their slots can't be counted together", fix)
 
 
 def gate_to_limit(activation: str, activation_limit: float | None) -> Problem | None:
@@ -184,13 +173,6 @@ def padded_needs_capacity(
     return None
 
 
-def slots_under_a_capacity(factor: float | None, slots: int | None, *, when: str) -> Problem | None:
-    if slots is None or factor is not None:
-        return None
-    reason = f"capacity.factor_{when} = null is dropless, so there are no slots to count"
-    return Problem(f"capacity.slots_{when}", slots, reason, f"set capacity.factor_{when}=1.0, say: slots go before it")
-
-
 def local_needs_all_experts(target: str, ep_size: int | None, num_experts: int, world: int) -> Problem | None:
     if target != LOCAL or (ep_size or math.gcd(world, num_experts)) == 1:
         return None
@@ -256,10 +238,14 @@ def _ranks(world: int) -> str:
 
 
 RULES = (
-    Rule(("router.top_k", "experts.num_experts"), top_k_of_experts),
+    Rule(("router.top_k", "experts.num_experts", "router.zero_experts"), top_k_of_experts, {"router.zero_experts": 0}),
     Rule(("router.traits", "experts.allow_noncausal"), sees_no_later_token),
-    Rule(("model.depth_every", "experts.allow_noncausal"), depth_sees_later_tokens),
-    Rule(("model.depth_every", "dispatch._target_", "capacity.scope"), depth_varies_in_evaluation),
+    Rule(("model.depth_every", "model.num_layers"), depth.some_depth_block),
+    Rule(("model.depth_every", "experts.allow_noncausal"), depth.sees_later_tokens),
+    Rule(
+        ("model.depth_every", "dispatch._target_", "capacity.scope"), partial(depth.varies_in_evaluation, padded=PADDED)
+    ),
+    Rule(("model.depth_every", "router.over"), depth.mixes_sequences),
     Rule(("experts.activation", "experts.activation_limit"), gate_to_limit),
     Rule(("experts.shared_mode", "experts.num_shared"), shared_to_join),
     Rule(("engine.ep_size", "experts.num_experts", "world"), expert_parallel),
@@ -275,11 +261,25 @@ RULES = (
     Rule(
         ("dispatch._target_", "capacity.factor_train", "capacity.factor_eval", "capacity.scope"), padded_needs_capacity
     ),
-    Rule(("capacity.factor_train", "capacity.slots_train"), partial(slots_under_a_capacity, when="train")),
-    Rule(("capacity.factor_eval", "capacity.slots_eval"), partial(slots_under_a_capacity, when="eval")),
+    Rule(("capacity.factor_train", "capacity.slots_train"), partial(capacity.slots_under_a_limit, when="train")),
+    Rule(("capacity.factor_eval", "capacity.slots_eval"), partial(capacity.slots_under_a_limit, when="eval")),
+    Rule(("capacity.factor_train", "capacity.factor_eval", "capacity.priority"), capacity.priority_under_a_limit),
+    Rule(
+        ("capacity.factor_train", "capacity.factor_eval", "capacity.renormalise"), capacity.renormalised_under_a_limit
+    ),
     Rule(("dispatch._target_", "engine.ep_size", "experts.num_experts", "world"), local_needs_all_experts),
     Rule(("balance.num_devices", "experts.num_experts"), devices_of_experts),
     Rule(("balance.devices_per_token", "balance.num_devices"), devices_a_token_reaches),
+    Rule(("control.aux_min", "control.aux_max"), partial(control.bounds_in_order, name="aux")),
+    Rule(("control.capacity_min", "control.capacity_max"), partial(control.bounds_in_order, name="capacity")),
+    Rule(("control.target_max_vio", "balance.balance_coef"), control.something_to_steer),
+    Rule(("control.target_drop", "capacity.factor_train", "capacity.slots_train"), control.capacity_to_steer),
+    Rule(("control.bias_decay_from", "router.traits"), control.bias_to_decay),
+    Rule(("control.revive_after_steps", "router.traits"), control.experts_to_revive),
+    Rule(("train.checkpoint_every", "monitor.log_every", *STEERED), control.saved_with_a_window),
+    Rule(("debug.collapsed_router", "router.traits"), control.router_to_collapse),
+    Rule(("debug.collapsed_router", "router.logit_bias"), control.bias_to_collapse),
+    Rule(("monitor.gradient_ratio_every", "monitor.log_every", "engine.zero_stage"), control.gradients_to_compare),
     Rule(("machine.device",), device_present),
     Rule(("data.source", "data.path"), data_at_path),
     Rule(("data.tokenizer",), tokenizer_found),

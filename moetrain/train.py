@@ -18,9 +18,12 @@ from moetrain.plan import main_report
 from moetrain.trainer import Trainer
 from moetrain.types import ConfigError, Problem
 
+DIVERGED = 1
+
 
 def main(config: Config) -> int:
-    """Run it on the world that torchrun describes in the environment, or on one process. Returns the exit code.
+    """Run it on the world that torchrun describes in the environment, or on one process. Returns the exit code: 0, or
+    1 if the loss at the end is not finite.
 
     Everything that can be found wrong without other ranks is found before a process group exists. Raises ConfigError.
     """
@@ -40,11 +43,11 @@ def main(config: Config) -> int:
         )
         check_shared(folder, mesh)
         with rank_log(folder, mesh.rank):
-            Trainer(config, mesh, corpus, folder).fit()
+            finite = Trainer(config, mesh, corpus, folder).fit()
             barrier(mesh.world_group)
     finally:
         close_mesh()
-    return 0
+    return 0 if finite else DIVERGED
 
 
 def check_shared(folder: RunFolder, mesh: Mesh) -> None:

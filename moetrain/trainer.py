@@ -11,10 +11,12 @@ import torch
 from moetrain import checkpoint
 from moetrain.checkpoint import VALIDATION, Keep, NoneWhole, SavedBy, Saver, Source
 from moetrain.config import Config
+from moetrain.control import Control
 from moetrain.data import Corpus, Loader
 from moetrain.engine import make_engine
 from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
+from moetrain.monitor.gradient_ratio import gradient_ratios
 from moetrain.monitor.memory import measure_memory
 from moetrain.monitor.recorder import CorpusFacts, Recorder
 from moetrain.monitor.runfolder import RunFolder
@@ -28,6 +30,7 @@ from moetrain.types import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 SAMPLE_TEMPERATURE = 0.8
+CONTROL = "control"
 AS_SAVED = "start it with the model and the optimiser it was saved with, or name another run.id"
 
 
@@ -45,6 +48,7 @@ class Trainer:
         self.vocab_size = config.model.vocab_size or corpus.vocab_size
         self.model = Decoder(config, mesh, self.vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
         self.engine = make_engine(config, self.model, mesh, self.accumulation)
+        self.control = Control(config, self.model, self.engine, mesh)
         self.loader = Loader(
             corpus=corpus,
             context=config.model.context,
@@ -58,6 +62,7 @@ class Trainer:
         self.window = Window(mesh)
         self.saver = _saver(config, mesh, folder)
         self.skipped = self.told = 0
+        self.loss = 0.0
         self.validated: tuple[int, float] | None = None
         self.start = 0 if found is None else self._restore(found)
         self.recorder = (
@@ -68,8 +73,10 @@ class Trainer:
             for damaged in found.passed_over:
                 self.recorder.alarm(self.start, f"a newer checkpoint can not be used, {damaged}")
 
-    def fit(self) -> None:
-        """Train from the step that was resumed to the last, then evaluate, save and report."""
+    def fit(self) -> bool:
+        """Train from the step that was resumed to the last, then evaluate, save and report. Returns whether the loss of
+        the last window is finite, the same on every rank.
+        """
         train = self.config.train
         self.timeline.drain()
         for step in range(self.start, train.steps):
@@ -90,6 +97,7 @@ class Trainer:
                 self.saver.finish()
             self._tell_failures(done)
         self._close()
+        return math.isfinite(self.loss)
 
     def _step(self, step: int) -> float:
         """One optimiser step; returns the gradient norm before clipping."""
@@ -109,11 +117,27 @@ class Trainer:
 
     def _record(self, done: int, norm: float) -> None:
         means = self.window.reduce()
+        self.loss = means.loss
         phases = self.timeline.drain()
+        ratios = self._gradient_ratios(done)
         if self.recorder is not None:
             lr = lr_at(done - 1, self.config.train.steps, self.config.optim)
             numbers = {"train/grad_norm": norm, "train/lr": lr, "train/skipped_steps": float(self.skipped)}
+            numbers |= self.control.numbers() | ratios
             self.recorder.window(done, means, numbers, self.model.router_numbers(), phases)
+        for action in self.control.act(done, means):
+            log.info("after step %d: %s", done, action.message)
+            if self.recorder is not None:
+                self.recorder.event(done, "control", action.message, action.data)
+
+    def _gradient_ratios(self, done: int) -> dict[str, float]:
+        """Where they are due, of a micro-batch of the step just done."""
+        if not _due(done, self.config.monitor.gradient_ratio_every):
+            return {}
+        ratios = gradient_ratios(self.model, self.loader.train(done - 1, 0))
+        self.timeline.mark("rest")
+        self.timeline.drain()
+        return ratios
 
     def _evaluate(self, done: int) -> None:
         """Mean over ``eval_batches`` global batches of validation windows, the same at every world size."""
@@ -131,6 +155,7 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint, "vocab_size": self.vocab_size}
+        extra[CONTROL] = self.control.state()
         if self.validated is not None and self.validated[0] == done and math.isfinite(self.validated[1]):
             extra[VALIDATION] = self.validated[1]
         generators = checkpoint.generators(self.mesh.rank, self.mesh.device)
@@ -168,6 +193,7 @@ class Trainer:
             self.engine.load_state(found.fill)
         except ValueError as error:
             raise self._cannot_resume(str(error), AS_SAVED) from error
+        self.control.load(found.step, found.extra.get(CONTROL, {}))
         saved_by, mesh = found.manifest.saved_by, self.mesh
         if (saved_by.world_size, saved_by.device) == (mesh.world_size, mesh.device.type):
             checkpoint.set_generators(found.generators(mesh.rank), mesh.device)
@@ -186,6 +212,8 @@ class Trainer:
         sample = self._sample()
         memory = measure_memory(self.engine, self.mesh)
         if self.recorder is not None:
+            if not math.isfinite(self.loss):
+                self.recorder.alarm(self.config.train.steps, f"THE RUN HAS FAILED: its last loss is {self.loss}")
             self.recorder.close(sample, memory, checkpoint.latest(self.folder.checkpoints))
         if self.saver.failure:
             raise OSError(f"the run is done, but its last {self.saver.failure}")

@@ -62,8 +62,11 @@ class RouterTraits:
     experts_per_token: k, or what is expected where it is ragged; zero-compute experts are not counted. causal_train,
     causal_eval: whether a token's choice is untouched by later tokens. ragged: rows of expert_TK may be partly invalid.
     needs_tokens: reads token ids. noise: in training only. balance: what evens the load besides a loss. even: every
-    expert gets equally many tokens by construction in training, so that no capacity of the fair share or more drops
-    any. expert_parallel: works where experts are sharded over ranks.
+    expert gets equally many tokens of a micro-batch in training, where E divides what there is to share out, so that no
+    capacity of the fair share or more drops any; where E doesn't, and under slots for each sequence (capacity.scope =
+    sequence), some can be dropped. expert_parallel: works where experts are sharded over ranks. moves_bias: by
+    ``bias_rate``. per_expert: names of the parameters and buffers whose row e is expert e's, so that an expert can be
+    started anew; some of them may be left out by settings; none: it can't.
     """
 
     experts_per_token: float
@@ -75,6 +78,8 @@ class RouterTraits:
     balance: str = "none"
     even: bool = False
     expert_parallel: bool = True
+    moves_bias: bool = False
+    per_expert: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

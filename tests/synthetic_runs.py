@@ -145,6 +145,7 @@ def _vitals(window: LoadWindow) -> dict[str, float]:
         confidence_L=0.3 * same_L,
         logit_rms_L=same_L,
         logit_max_L=4.0 * same_L,
+        swing_L=0.1 * same_L,
     )
     return vitals(gauges, window.layers, row_bytes=512)
 
@@ -183,6 +184,9 @@ def _losses(step: int, shape: Shape, rng: np.random.Generator) -> dict[str, floa
         "train/z_loss": 0.5 + noise,
         "train/grad_norm": float("nan") if step == 3 * shape.log_every else 1.0 + noise,
         "perf/tokens_per_second": 50_000.0 * (1 + noise),
+        "perf/step_seconds": TOKENS_PER_STEP / 50_000.0 / (1 + noise),
+        "time/experts_seconds": 0.04,
+        "time/exchange_seconds": 0.01 + 0.01 * abs(noise),
     }
 
 

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.ops import auction
 from moetrain.ops.auction import balanced_assignment
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations after which the host must wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flags, self.by_mask = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.flags += name == "_local_scalar_dense"
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        self.by_mask += name in ("nonzero", "masked_select") or any(
+            index is not None and index.dtype == torch.bool for index in indices
+        )
+        return func(*args, **(kwargs or {}))
 
 
 def best_sum(affinity_TE: Tensor, seats: list[int]) -> float:
@@ -72,6 +91,16 @@ def test_the_auction_ends_by_itself_and_beats_the_greedy_assignment(monkeypatch:
     assert sums[0] > sums[1] + 20
     monkeypatch.setattr(auction, "MAX_ROUNDS", 50)
     assert torch.equal(balanced_assignment(affinity_TE), by_auction), "it took fewer rounds than that"
+
+
+def test_the_auction_reads_nothing_but_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask as an index would be a read of the device too, since the size of what it picks is not known before."""
+    for rounds, affinity_TE in ((3, torch.randn(64, 8)), (0, torch.ones(5, 8))):
+        monkeypatch.setattr(auction, "MAX_ROUNDS", rounds)
+        with HostReads() as reads:
+            balanced_assignment(affinity_TE)
+        assert reads.by_mask == 0
+        assert rounds + 1 <= reads.flags <= rounds + 8
 
 
 def test_odd_seats_go_to_the_favourites() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from moetrain.compose import compose
 from moetrain.config import BalanceConfig, BalanceUnits
 from moetrain.models.decoder import Decoder
-from moetrain.moe.balance import Balance, cv_squared
+from moetrain.moe.balance import Balance
 from moetrain.moe.units import in_our_units, to_ours
+from moetrain.ops.spread import cv_squared
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.plan import describe, make_plan
 from moetrain.rules import devices_a_token_reaches, devices_of_experts
@@ -175,15 +176,55 @@ def test_the_loss_of_a_model_is_weighed_in_our_units() -> None:
     torch.testing.assert_close(out.loss, out.lm + 0.2 * out.losses.balance + 0.01 * out.losses.z)
     config = tiny(dispatch="local", balance__units="megatron", balance__balance_coef=0.1, balance__device_coef=0.5)
     out = Decoder(config, alone(), VOCAB)(tokens(2, 16))
-    wanted = out.lm + 0.2 * out.losses.balance + 0.5 * out.losses.device + 0.01 * out.losses.z
+    wanted = out.lm + 2 * (0.1 * out.losses.balance + 0.5 * out.losses.device + 0.01 * out.losses.z)
     torch.testing.assert_close(out.loss, wanted)
 
 
 def test_check_says_what_a_foreign_coefficient_becomes() -> None:
     foreign = compose(["recipe=quickstart", "balance=global_batch"])
-    assert "0.001 in units of huggingface = 0.002 in moetrain's" in describe(make_plan(foreign, 1))
+    assert "from units of huggingface: balance_coef 0.001 = 0.002 in moetrain's" in describe(make_plan(foreign, 1))
+    summed = describe(make_plan(compose(["recipe=quickstart", "balance=deepseek_v2"]), 1))
+    assert "balance_coef 0.003 = 0.012, device_coef 0.05 = 0.2, communication_coef 0.02 = 0.08" in summed
     assert "units of" not in describe(make_plan(compose(["recipe=quickstart"]), 1))
     assert in_our_units(foreign.balance, top_k=2, num_experts=8, num_moe_layers=4).units == "moetrain"
+
+
+@pytest.mark.parametrize(
+    ("name", "balance", "z"),
+    [
+        ("default", 0.01, 0.001),
+        ("switch", 0.01 * 58, 0.0),
+        ("st_moe", 0.01, 0.001),
+        ("sequence", 0.0001 * 58, 0.0),
+        ("deepseek_v2", 0.003 * 58, 0.0),
+        ("mixtral", 0.02 * 6, 0.0),
+        ("qwen2_moe", 0.001 * 6, 0.0),
+        ("global_batch", 0.001 * 6, 0.0),
+        ("dbrx", 0.05, 0.0),
+        ("olmoe", 0.01, 0.001),
+        ("ling", 0.015, 0.0001),
+    ],
+)
+def test_what_a_published_option_means_with_58_layers_and_6_experts_a_token(
+    name: str, balance: float, z: float
+) -> None:
+    """A sum over layers is so many times our mean of them, in every coefficient that it has."""
+    given = compose(["recipe=quickstart", f"balance={name}"]).balance
+    ours = in_our_units(given, top_k=6, num_experts=8, num_moe_layers=58)
+    assert (ours.balance_coef, ours.z_coef) == pytest.approx((balance, z))
+    assert ours.device_coef == pytest.approx(given.device_coef * 58)
+    assert ours.communication_coef == pytest.approx(given.communication_coef * 58)
+    assert given.balance_coef in (0.01, 0.0001, 0.003, 0.02, 0.001, 0.05, 0.015), "the published number, as it is"
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_no_tokens_have_no_imbalance(scope: Any) -> None:
+    layer = Balance(all_losses(scope), E, alone())
+    logits_TE = torch.zeros(0, E, requires_grad=True)
+    losses = layer(routing_of(logits_TE, False), 2, NONE_YET).named()
+    assert all(value.item() == 0.0 for value in losses.values()), losses
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert logits_TE.grad is not None
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrain.capacity_rules import slots_under_a_limit
 from moetrain.config import CapacityConfig
 from moetrain.moe.capacity import Capacity, renormalised, slots_per_expert
 from moetrain.moe.replay import Replay
 from moetrain.parallel.mesh import mesh_of_world
-from moetrain.rules import PADDED, padded_needs_capacity, slots_under_a_capacity
+from moetrain.rules import PADDED, padded_needs_capacity
 from moetrain.types import Placement, Routing
 from tests.ranks import run_ranks
 from tests.tiny import alone, ids, moe_layer, tiny
@@ -214,7 +215,7 @@ def test_global_scope_is_the_queue_of_one_process() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    assert slots_under_a_capacity(None, 64, when="train") is not None
-    assert slots_under_a_capacity(1.0, 64, when="train") is None
+    assert slots_under_a_limit(None, 64, when="train") is not None
+    assert slots_under_a_limit(1.0, 64, when="train") is None
     assert padded_needs_capacity(PADDED, 1.0, 2.0, "global") is not None
     assert padded_needs_capacity(PADDED, 1.0, 2.0, "sequence") is None

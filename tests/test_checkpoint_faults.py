@@ -88,7 +88,7 @@ def test_a_manifest_can_not_lead_out_of_its_folder(tmp_path: Path) -> None:
     path = two(tmp_path)
     outside = "../step_00000001/rank_00000.safetensors"
     sign(path, lambda manifest: manifest.update(files={outside: written(path / outside)}))
-    with pytest.raises(ValueError, match="which is no file of a checkpoint"):
+    with pytest.raises(ValueError, match="which is none of a checkpoint"):
         Source(path)
 
 

@@ -26,6 +26,8 @@ NEEDS = {
     "data=hub": "data.path=owner/name",
     "capacity=dropless": "dispatch=alltoall",
     "capacity=global": "dispatch=alltoall",
+    "control=bias_decay": "router=moonlight",
+    "debug=collapsed_router": "router.logit_bias=true",
     **{f"router={name}": ANY_ROUTER for name in options("router")},
 }
 
@@ -37,7 +39,7 @@ def problems_of(*overrides: str, world: int = 2, config_dir: str | None = None) 
 
 
 def test_the_groups_are_those_that_are_swapped() -> None:
-    swapped = "model experts router capacity dispatch balance engine optim data monitor machine debug recipe"
+    swapped = "model experts router capacity dispatch balance control engine optim data monitor machine debug recipe"
     assert swapped.split() == GROUPS
 
 
@@ -117,6 +119,13 @@ MISTAKES = [
     (["experts=64"], "experts", "no such option", "nearest is experts=e64"),
     (["modell=small"], "modell", "no section 'modell'", "write model=small"),
     (["model=null"], "model", "no such option", "small"),
+    (["router=mixtral,topk"], "router", "a sweep", "moetrain routers compare router=mixtral,topk"),
+    (["model=nano,small"], "model", "a sweep", "choose one, model=nano"),
+    (["router=mixtrl"], "router", "no such option", "nearest is router=mixtral"),
+    (["router=zzz"], "router", "no such option", "moetrain routers lists them all"),
+    (["router=mixture_of_depths"], "router", "no such option", "model.depth_every=2"),
+    (["router=MoD"], "router", "no such option", "model.depth_every=2"),
+    (["router=soft_moe"], "router", "no such option", "mixtures of all tokens"),
     (["router={top_k: 3}"], "router", "no such option", "topk"),
     (["train=3"], "train", "is a section", "train.steps"),
     (["train.steps"], "train.steps", "no '='", "key=value"),

@@ -49,7 +49,7 @@ FIELDS = [
     ("optim", "beta1", 1.0, "less than 1", "optim.beta1=0.9"),
     ("optim", "decay_fraction", 1.5, "at most 1", "optim.decay_fraction=0.2"),
     ("capacity", "factor_train", "big", "a number, or null", "capacity.factor_train=1.25"),
-    ("engine", "recompute", 1, "true or false", "engine.recompute=false"),
+    ("engine", "recompute", 1, "true or false", "write engine.recompute=true"),
     ("engine", "zero_stage", 4, "none of the options", "0 | 1 | 2 | 3"),
     ("engine", "dtype", "fp16", "none of the options", "auto | fp32 | bf16; nearest is bf16"),
     ("run", "id", 7, "text, or null", "run.id='\"7\"'"),
@@ -127,6 +127,11 @@ RULES = [
     ({"data__source": "bins", "data__path": "/no/such"}, "data.path", "nothing exists at /no/such", "correct"),
     ({"data__path": "book.txt"}, "data.path", "reads no path", "data=text"),
     ({"data__tokenizer": "gpt9"}, "data.tokenizer", "no file is there", "kjv | byte"),
+    ({"model__depth_every": 3, "experts__allow_noncausal": True}, "model.depth_every", "no block", "depth_every=2"),
+    ({"capacity__priority": "probs"}, "capacity.priority", "nothing is dropped", "capacity.priority=choice_major"),
+    ({"capacity__renormalise": True}, "capacity.renormalise", "nothing is dropped", "capacity.renormalise=false"),
+    ({"experts__allow_noncausal": 0}, "experts.allow_noncausal", "true or false", "experts.allow_noncausal=false"),
+    ({"router__top_k": 12, "router__zero_experts": 4}, "router.top_k", "zero experts take", "router.top_k=8 or less"),
 ]
 
 

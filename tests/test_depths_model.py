@@ -108,7 +108,7 @@ def test_every_router_routes_those_who_go_through(name: str) -> None:
 
 
 def test_a_plan_can_be_made_of_it() -> None:
-    dry_run(tiny(**DEPTH, experts__allow_noncausal=True, model__vocab_size=VOCAB), 4)
+    dry_run(tiny(**DEPTH, experts__allow_noncausal=True), 4)
 
 
 LAYOUTS = [("local", 2, 0, True), ("deepspeed", 2, 2, False), ("deepspeed", 1, 3, True), ("deepspeed", 2, 3, False)]

@@ -11,8 +11,8 @@ from torch import nn
 
 from moetrain.config import EngineConfig
 from moetrain.engine.base import ExpertWatch, parameter_groups
-from moetrain.parallel.mesh import weight_dtype
-from tests.engine_runs import ONE, Case, Run, engine_of, train, weights_of
+from moetrain.parallel.mesh import Mesh, weight_dtype
+from tests.engine_runs import CPU, ONE, Case, Run, engine_of, train, weights_of
 from tests.toy import Toy, batch_of, sequences, toy_config
 
 
@@ -116,6 +116,22 @@ def test_a_norm_that_is_not_finite_is_returned_and_changes_nothing() -> None:
     engine.forward_backward(batch_of(sequences(0, 2)))
     assert not math.isfinite(engine.step(0.1))
     assert all(np.array_equal(value, before[name]) for name, value in weights_of(engine).items())
+
+
+def test_replicas_share_out_what_they_write() -> None:
+    """Four ranks in two groups of experts: of every tensor every element is written exactly once, evenly."""
+    seen: dict[str, list[int]] = {}
+    sizes = []
+    for rank in range(4):
+        engine = engine_of(Case("local", ep_size=2, optim="adamw"), Mesh(rank, 4, 2, CPU))
+        state = engine.state()
+        sizes.append(sum(piece.values_X.numel() for piece in state.shares))
+        for piece in state.shares:
+            seen.setdefault(piece.key, []).extend(range(piece.start, piece.start + piece.values_X.numel()))
+    assert seen.keys() == state.tensors.keys()
+    for key, spec in state.tensors.items():
+        assert sorted(seen[key]) == list(range(spec.num_values)), key
+    assert max(sizes) - min(sizes) < 30
 
 
 def test_a_group_knows_its_parameters_by_the_names_of_the_model() -> None:

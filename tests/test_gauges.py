@@ -86,6 +86,7 @@ def gauges_with(**changes: np.ndarray) -> GaugeMeans:
         "confidence_L": np.array([0.4]),
         "logit_rms_L": np.array([1.0]),
         "logit_max_L": np.array([3.0]),
+        "swing_L": np.array([0.1]),
     }
     return GaugeMeans(**even | changes)  # type: ignore[arg-type]
 

@@ -80,7 +80,7 @@ FAMILIES = [
         "DeepseekV3Config",
         {**V3, **LATENT, **GROUPS, "intermediate_size": 32},
         1,
-        {"num_groups": 1, "top_groups": 1},
+        {"num_groups": 1, "top_groups": 1, "group_score": "max"},
     ),
 ]
 

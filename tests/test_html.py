@@ -18,30 +18,8 @@ from moetrain.monitor.expert_load import LoadWindow
 from moetrain.monitor.history import Series, read_history
 from moetrain.monitor.html import embedded, page, report
 from moetrain.types import ConfigError
-from tests.pages import ENGINES, ask
+from tests.pages import ENGINES, NEEDS_BROWSER, ask, probe
 from tests.synthetic_runs import Shape, write_run
-
-# What every probe needs: the text of an element, a table's rows, a pixel of a canvas, a point to hover at.
-TOOLS = """
-  const id = (name) => document.getElementById(name);
-  const all = (selector) => [...document.querySelectorAll(selector)];
-  const rows = (selector) => all(selector + " tr").map((row) => [...row.children].map((cell) => cell.textContent));
-  const pixel = (canvas, x, y) => [...canvas.getContext("2d").getImageData(x, y, 1, 1).data].slice(0, 3);
-  const point = (canvas, x, y, kind) => {
-    const box = canvas.getBoundingClientRect();
-    canvas.dispatchEvent(new MouseEvent(kind, { clientX: box.left + x, clientY: box.top + y }));
-  };
-  const slide = (index) => {
-    id("step").value = String(index);
-    id("step").dispatchEvent(new Event("input"));
-  };
-  const center = (canvas, column, columns, row) =>
-    [34 + Math.floor((column + 0.4) * (canvas.parentNode.clientWidth - 34) / columns), 26 * row + 10];
-"""
-
-
-def probe(body: str) -> str:
-    return f"(() => {{ {TOOLS} {body} }})()"
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +170,30 @@ def test_whatever_an_event_says_is_text(engine, tmp_path):
     assert answer["undone"] == "undone"
     assert answer["bold"] == 0
     assert "broken" not in answer["title"]
+
+
+@NEEDS_BROWSER
+@pytest.mark.parametrize("width", [500, 900, 1600])
+@pytest.mark.parametrize(("layers", "experts", "windows"), [(48, 128, 5), (2, 8, 400)])
+def test_nothing_sticks_out_of_the_window(width, layers, experts, windows, tmp_path):
+    """Wide tables scroll by themselves; the frame around the chosen window is whole."""
+    shape = Shape(layers, experts, steps=windows, log_every=1, world_size=32, ep_size=8)
+    run = write_run(tmp_path, "collapsing", shape)
+    answer = ask("chromium", report(run, tmp_path / "a.html", run if width == 1600 else None), probe("""
+      const root = document.documentElement;
+      const out = all("body *").filter((one) => !one.closest(".scroll, .unseen") &&
+        one.getBoundingClientRect().right > root.clientWidth + 0.5);
+      const ranks = all("#runs canvas")[1];
+      const edge = pixel(ranks, ranks.width - 1, 40);
+      return { width: root.clientWidth, page: root.scrollWidth, out: out.map((one) => one.outerHTML.slice(0, 80)),
+               edge, ink: getComputedStyle(root).getPropertyValue("--ink"),
+               said: id("step").getAttribute("aria-valuetext") };
+    """), tmp_path, size=f"{width},800")  # fmt: skip
+    assert answer["width"] == width
+    assert answer["out"] == []
+    assert answer["page"] == width
+    assert answer["edge"] == [int(answer["ink"][i : i + 2], 16) for i in (1, 3, 5)]
+    assert answer["said"] == f"step {windows}"
 
 
 def test_the_file_needs_nothing_else(runs, tmp_path):

@@ -31,7 +31,7 @@ from moetrain.types import LoadCounts
 def load(assigned) -> LoadReport:
     assigned_LE = torch.as_tensor(np.asarray(assigned), dtype=torch.int64)
     counts = LoadCounts(assigned_LE, torch.minimum(assigned_LE, torch.tensor(150)))
-    return LoadReport(counts, summarise(counts, 1, range(len(assigned_LE))))
+    return LoadReport(counts, summarise(counts, 1, range(len(assigned_LE))), tokens=200, expected=None)
 
 
 def random_load(num_layers: int, num_experts: int) -> LoadReport:
@@ -159,6 +159,23 @@ def test_a_layer_without_tokens():
     one = load([[100, 100], [0, 0]])
     lines = text_of(load_table(one.counts, one.balance, 80), 80)
     assert lines[-1].split()[1:4] == ["none", "none", "none"]
+
+
+def test_a_layer_without_tokens_is_named_and_ragged_load_is_told():
+    starved = dataclasses.replace(load([[100, 300], [0, 0]]), expected=2.5)
+    text = " ".join(" ".join(text_of(closing_report(report(load=starved), 100), 100)).split())
+    assert "layer 1 received no token" in text
+    assert "worst expert 1.50x its fair share (layer 0)" in text
+    assert "experts per token 2.00 (layer 0), 0.00 (layer 1); 2.5 are expected" in text
+    assert "nan" not in text
+    assert "are expected" not in " ".join(text_of(closing_report(report(), 100), 100))
+
+
+def test_a_loss_that_is_no_number_is_a_failure():
+    loss = LossReport(train=math.nan, validation=None, unigram_entropy=6.4, bigram_entropy=4.9, bytes_per_token=4.0)
+    text = " ".join(text_of(closing_report(report(loss=loss), 100), 100))
+    assert "The train loss is nan: the run has failed." in text
+    assert "bigram entropy." not in text
 
 
 def test_bits_per_byte():

@@ -31,6 +31,7 @@ def config(root, **run) -> c.Config:
         capacity=c.CapacityConfig(),
         dispatch={"_target_": "some.Dispatcher"},
         balance=c.BalanceConfig(),
+        control=c.ControlConfig(),
         engine=c.EngineConfig(),
         optim=c.OptimConfig(lr=0.1),
         data=c.DataConfig(),

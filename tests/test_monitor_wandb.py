@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import subprocess
 import sys
@@ -15,10 +15,15 @@ import numpy as np
 import pytest
 
 from moetrain.monitor import wandb as monitor_wandb
-from moetrain.monitor.heatmap import FAIR, NO_TOKENS, OVERLOADED, STARVED, colour, heatmap
-from moetrain.monitor.wandb import NUM_PICTURES, LayerLoad, WandbLogger, WandbSettings, is_picture_step
+from moetrain.monitor.heatmap import DROP, FAIR, LOAD, MUCH, NO_TOKENS, NOTHING, OVERLOADED, STARVED, colour, heatmap
+from moetrain.monitor.recorder import CorpusFacts, Recorder
+from moetrain.monitor.runfolder import RunFolder
+from moetrain.monitor.wandb import NUM_PICTURES, SUMMARIES, LayerLoad, WandbLogger, WandbSettings, is_picture_step
+from tests.tiny import alone, tiny
+from tests.wandb_files import wandb_records, wandb_summary
 
-LOAD = LayerLoad(step=2, tokens=64, assigned_LE=np.array([[4, 0, 2, 2], [1, 1, 1, 1]]), layers=(1, 3))
+ASSIGNED_LE, KEPT_LE = np.array([[4, 0, 2, 2], [1, 1, 1, 1]]), np.array([[2, 0, 2, 1], [1, 1, 1, 1]])
+COUNTS = LayerLoad(step=2, tokens=64, assigned_LE=ASSIGNED_LE, kept_LE=KEPT_LE, layers=(1, 3))
 
 
 def settings(folder: Path, timeout_s: float = 5.0) -> WandbSettings:
@@ -27,11 +32,15 @@ def settings(folder: Path, timeout_s: float = 5.0) -> WandbSettings:
 
 class FakeRun:
     def __init__(self, log=None, finish=None):
-        self.logged, self.metrics, self.finished = [], [], False
+        self.logged, self.metrics, self.alerts, self.finished = [], [], [], False
         self._log, self._finish = log, finish
 
-    def define_metric(self, name, step_metric):
-        self.metrics.append((name, step_metric))
+    def define_metric(self, name, step_metric, summary=None):
+        self.metrics.append((name, step_metric, summary))
+
+    def alert(self, title, text, level, wait_duration):
+        assert 0 < wait_duration < 0.01, "a second diagnosis of the same step would be kept back"
+        self.alerts.append((title, text, level))
 
     def log(self, record, **options):
         assert not options, "never a step="
@@ -63,16 +72,47 @@ def test_records_arrive_in_order_with_an_explicit_step(monkeypatch, tmp_path):
     inject(monkeypatch, run)
     logger = WandbLogger(settings(tmp_path))
     logger.scalars(1, 32, {"train/loss": 4.0})
-    logger.load(LOAD)
+    logger.load(COUNTS)
+    logger.alert("x" * 70, "words", "WARN")
     outcome = logger.close()
-    assert (outcome.sent, outcome.lost, outcome.failure) == (2, 0, None)
-    assert run.metrics == [("*", "train/step")]
+    assert (outcome.sent, outcome.lost, outcome.failure) == (3, 0, None)
+    assert run.metrics[0] == ("*", "train/step", None)
+    assert {name: summary for name, _, summary in run.metrics[1:]} == SUMMARIES
+    assert run.alerts == [("x" * 63, "words", "WARN")]
     assert run.logged[0] == {"train/step": 1, "train/tokens": 32, "train/loss": 4.0}
     kind, counts_E, edges = run.logged[1]["moe/layer_01/load_hist"]
     assert (kind, counts_E.tolist(), edges.tolist()) == ("histogram", [4, 0, 2, 2], [0, 1, 2, 3, 4])
-    assert run.logged[1]["moe/load_heatmap"][1].shape[2] == 3
+    for name, (row, column), expected in (
+        ("moe/load_heatmap", (0, 0), OVERLOADED),
+        ("moe/load_heatmap", (1, 3), FAIR),
+        ("moe/drop_heatmap", (0, 0), MUCH),
+        ("moe/drop_heatmap", (0, 1), NO_TOKENS),
+        ("moe/drop_heatmap", (1, 3), NOTHING),
+    ):
+        assert tuple(run.logged[1][name][1][32 + 40 * row + 20, 80 + 40 * column + 20]) == expected, (name, row, column)
     assert run.logged[1]["train/step"] == 2
     assert run.finished
+
+
+def test_a_number_that_is_not_finite_spoils_no_summary(monkeypatch, tmp_path):
+    run = FakeRun()
+    inject(monkeypatch, run)
+    logger = WandbLogger(settings(tmp_path))
+    logger.scalars(1, 32, {"train/lm_loss": math.nan, "train/loss": math.nan, "balance/load_max": math.inf})
+    assert logger.close().lost == 0
+    assert list(run.logged[0]) == ["train/step", "train/tokens", "train/loss"]
+
+
+def test_an_alarm_of_the_trainer_is_an_alert(monkeypatch, tmp_path):
+    run = FakeRun()
+    inject(monkeypatch, run)
+    config = tiny(monitor__wandb="offline", monitor__progress=False)
+    folder = RunFolder(tmp_path / "first-try")
+    folder.path.mkdir()
+    recorder = Recorder(config, alone(), CorpusFacts(64, 4.0, 3.0, 4.0), folder, 0)
+    recorder.alarm(3, "the disk is full")
+    recorder.close(None, (), None)
+    assert run.alerts == [("first-try at step 3", "the disk is full", "ERROR")]
 
 
 def test_wandb_that_is_not_installed(monkeypatch, tmp_path):
@@ -150,10 +190,15 @@ def test_the_scale_is_fixed_and_diverges_from_the_fair_share():
     assert [colour(x) for x in (0.0, 1.0, 2.0, 7.0, float("nan"))] == [STARVED, FAIR, OVERLOADED, OVERLOADED, NO_TOKENS]
 
 
+def test_what_was_dropped_has_a_scale_of_its_own_up_to_a_half():
+    half = tuple(round((a + b) / 2) for a, b in zip(NOTHING, MUCH, strict=True))
+    assert [DROP.colour(x) for x in (0.0, 0.25, 0.5, 1.0, float("nan"))] == [NOTHING, half, MUCH, MUCH, NO_TOKENS]
+
+
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(1, 2), (4, 8), (48, 256), (60, 512)])
 def test_every_cell_of_the_heat_map_has_its_colour(num_layers, num_experts):
     relative_LE = np.linspace(0.0, 2.2, num_layers * num_experts).reshape(num_layers, num_experts)
-    picture = heatmap(relative_LE, range(num_layers), "title")
+    picture = heatmap(relative_LE, range(num_layers), "title", LOAD)
     cell = max(4, min(40, 960 // num_experts))
     row = max(18, cell)
     for i in range(num_layers):
@@ -161,13 +206,6 @@ def test_every_cell_of_the_heat_map_has_its_colour(num_layers, num_experts):
             pixel = picture[32 + i * row + row // 2, 80 + j * cell + cell // 2]
             assert tuple(pixel) == colour(relative_LE[i, j]), (i, j)
     assert max(picture.shape) < 2200
-
-
-def _inspect(folder: Path) -> list[dict]:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 WRITER = """
@@ -178,8 +216,11 @@ from moetrain.monitor.wandb import LayerLoad, WandbLogger, WandbSettings
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 logger = WandbLogger(WandbSettings("offline", "moetrain-tests", None, "run-1", folder, {"router": {"top_k": 2}}))
 for step in range(first, first + 3):
-    logger.scalars(step * 10, step * 640, {"train/loss": 5.0 - step, "balance/load_max": 1.5})
-logger.load(LayerLoad(40, 2560, np.array([[4, 0, 2, 2], [1, 1, 1, 1]]), (1, 3)))
+    logger.scalars(step * 10, step * 640, {"train/lm_loss": 5.0 - step, "balance/load_max": 9.5 - abs(4 - step)})
+logger.scalars(40, 2560, {"train/lm_loss": float("nan"), "train/loss": 2.0})
+counts_LE = np.array([[4, 0, 2, 2], [1, 1, 1, 1]])
+logger.load(LayerLoad(40, 2560, counts_LE, counts_LE, (1, 3)))
+logger.alert("collapse", "layer 3 uses 2 experts", "ERROR")
 print(logger.close())
 """
 
@@ -190,17 +231,25 @@ def test_an_offline_run_holds_what_was_logged(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     for first in ("1", "3"):  # the second life of the run goes back over step 30
         done = subprocess.run([*command, first], capture_output=True, text=True, timeout=60, env=clean, check=False)
-        assert done.stdout.strip() == "WandbOutcome(sent=4, lost=0, failure=None)", done.stderr
+        assert done.stdout.strip() == "WandbOutcome(sent=6, lost=0, failure=None)", done.stderr
     assert done.stderr == ""
     runs = sorted((tmp_path / "wandb").glob("offline-run-*-run-1"))
-    records = [record for run in runs for record in _inspect(run)]
+    records = [record for run in runs for record in wandb_records(run)]
     config = next(record["run"]["config"]["update"] for record in records if record["type"] == "run")
     assert config["router"] == {"top_k": 2}
     metric = next(record["metric"] for record in records if record["type"] == "metric")
     assert (metric["glob_name"], metric["step_metric"]) == ("*", "train/step")
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [item["train/step"] for item in history] == [10, 20, 30, 40, 30, 40, 50, 40]
-    assert [item.get("train/loss") for item in history] == [4, 3, 2, None, 2, 1, 0, None]
-    assert history[3]["moe/layer_01/load_hist.values"] == [4, 0, 2, 2]
-    assert history[3]["moe/layer_03/load_hist.bins"] == [0, 1, 2, 3, 4]
-    assert (runs[0] / "files" / history[3]["moe/load_heatmap.path"]).is_file()
+    assert [item["train/step"] for item in history] == [10, 20, 30, 40, 40, 30, 40, 50, 40, 40]
+    assert [item.get("train/lm_loss") for item in history] == [4, 3, 2, None, None, 2, 1, 0, None, None]
+    assert history[4]["moe/layer_01/load_hist.values"] == [4, 0, 2, 2]
+    assert history[4]["moe/layer_03/load_hist.bins"] == [0, 1, 2, 3, 4]
+    for name in ("moe/load_heatmap", "moe/drop_heatmap"):
+        assert (runs[0] / "files" / history[4][f"{name}.path"]).is_file()
+    alerts = [record["alert"] for record in records if record["type"] == "alert"]
+    assert [(one["level"], one["title"], one["text"]) for one in alerts] == [
+        ("ERROR", "collapse", "layer 3 uses 2 experts")
+    ] * 2
+    summary = wandb_summary(runs[1])
+    assert summary["train/lm_loss"] == {"min": 0, "last": 0}
+    assert summary["balance/load_max"] == {"max": 9.5, "last": 8.5}

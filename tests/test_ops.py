@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.ops.grouped_mm import experts_plain, grouped_swiglu
 from moetrain.ops.init import Draw
@@ -85,6 +88,66 @@ def test_permutation_and_combination_equal_their_references(dtype: torch.dtype, 
         assert weight_TK.grad.dtype == torch.float32
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours.float(), plain.float(), **tolerance)
+
+
+def test_a_sparse_map_is_told_by_its_shape() -> None:
+    assert row_map(0, 20, 12, 16).is_sparse
+    assert not row_map(0, 11, 40, 2).is_sparse
+    assert not row_map(0, 0, 12, 16).is_sparse
+
+
+@pytest.mark.parametrize("has_empty", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(20, 40), (20, 1), (1, 7), (20, 0), (0, 5)])
+def test_ragged_permutation_equals_its_reference(
+    num_tokens: int, num_rows: int, dtype: torch.dtype, has_empty: bool
+) -> None:
+    """16 places a token, few of them taken, tokens without any; rows in any order, some empty with rubbish in them."""
+    rows = row_map(5, num_tokens, num_rows, 16)
+    if not has_empty:
+        taken_R = rows.assignment_R < num_tokens * 16
+        place_R = torch.where(taken_R, taken_R.cumsum(0) - 1, int(taken_R.sum()))
+        row_TK = torch.cat([place_R, taken_R.sum().view(1)])[rows.row_TK]
+        rows = RowMap(rows.assignment_R[taken_R], row_TK, has_empty=False)
+    results = []
+    for out_op, home_op in [(rows_of_tokens, tokens_of_rows), (rows_of_tokens_plain, tokens_of_rows_plain)]:
+        torch.manual_seed(0)
+        x_TD = torch.randn(num_tokens, 8).to(dtype).requires_grad_()
+        weight_TK = torch.rand(num_tokens, 16, requires_grad=True)
+        out_RD = out_op(x_TD, rows)
+        home_TD = home_op(out_RD * 1.5 + 1.0, weight_TK, rows)
+        home_TD = home_TD.add_(0.5)
+        home_TD.float().square().sum().backward()
+        results.append([out_RD, home_TD, x_TD.grad, weight_TK.grad])
+        assert home_TD.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), plain.float(), **tolerance)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor had."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            self.num = max(self.num, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ragged_layer_makes_nothing_as_large_as_all_tokens_times_all_experts(dtype: torch.dtype) -> None:
+    rows = row_map(1, 64, 256, 64)
+    x_TD, weight_TK = torch.randn(64, 32).to(dtype).requires_grad_(), torch.rand(64, 64, requires_grad=True)
+    with Largest() as largest:
+        home_TD = tokens_of_rows(rows_of_tokens(x_TD, rows), weight_TK, rows)
+        home_TD.float().sum().backward()
+    assert largest.num <= 256 * 32
+    with Largest() as largest:
+        tokens_of_rows_plain(rows_of_tokens_plain(x_TD, rows), weight_TK, rows)
+    assert largest.num >= 64 * 64 * 32
 
 
 def test_trap22_combine_weighs_and_sums_in_fp32() -> None:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.config import BalanceConfig
+from moetrain.moe.balance import Balance
+from moetrain.moe.noise import gumbel_like
 from moetrain.moe.replay import Replay
 from moetrain.moe.routers.base import Router
 from moetrain.moe.routers.cosine import CosineRouter
@@ -20,7 +23,8 @@ from moetrain.moe.routers.sparsemixer import SparseMixerRouter
 from moetrain.moe.routers.top_p import TopPRouter
 from moetrain.ops.init import Draw
 from moetrain.types import RouterInput
-from tests.tiny import VOCAB, seen, site
+from tests.gating import NONE_YET
+from tests.tiny import VOCAB, alone, complete, seen, site
 
 
 def made(kind: Callable[..., Router], std: float = 0.5, **settings: Any) -> Any:
@@ -34,14 +38,14 @@ def random_noisy(top_k: int = 2) -> NoisyTopKRouter:
     router: NoisyTopKRouter = made(NoisyTopKRouter, top_k=top_k)
     torch.manual_seed(0)
     torch.nn.init.normal_(router.gate, std=0.4)
-    torch.nn.init.normal_(router.noise_gate, std=0.4)
+    torch.nn.init.normal_(router.noise.gate, std=0.4)
     return router
 
 
 def clean_and_std(router: NoisyTopKRouter, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Logits without noise, and the size of the noise."""
     with torch.no_grad():
-        return x_TD @ router.gate.t(), torch.nn.functional.softplus(x_TD @ router.noise_gate.t())
+        return x_TD @ router.gate.t(), torch.nn.functional.softplus(x_TD @ router.noise.gate.t())
 
 
 def tokens(num: int = 24, seed: int = 0) -> Tensor:
@@ -95,14 +99,20 @@ def test_smooth_load_is_the_mean_load_over_draws() -> None:
 def test_noisy_topk_starts_even_and_its_losses_reach_both_gates() -> None:
     router = made(NoisyTopKRouter)
     assert not router.gate.any()
-    assert not router.noise_gate.any()
+    assert not router.noise.gate.any()
     routing = router(seen(tokens(500)), Replay())
     counts_E = torch.bincount(routing.expert_TK.flatten(), minlength=5)
     assert counts_E.min() > 150, "noise alone spreads 1000 choices over 5 experts"
     moved = random_noisy()
     moved(seen(tokens()), Replay()).own_loss.backward()
     assert moved.gate.grad.abs().sum() > 0
-    assert moved.noise_gate.grad.abs().sum() > 0
+    assert moved.noise.gate.grad.abs().sum() > 0
+
+
+def test_noisy_topks_importance_is_the_balance_losses() -> None:
+    routing = made(NoisyTopKRouter, load_coef=0.0, importance_coef=0.3)(seen(tokens()), Replay())
+    balance = Balance(BalanceConfig(importance_coef=1.0), 5, alone())
+    assert routing.own_loss.item() == pytest.approx(0.3 * balance(routing, 1, NONE_YET[:5]).importance.item())
 
 
 def test_hash_tables() -> None:
@@ -162,10 +172,13 @@ def test_top_p_by_the_formula(threshold: float, max_experts: int | None) -> None
 
 
 def test_top_p_expects_what_even_probabilities_take() -> None:
-    assert TopPRouter.traits(num_experts=16).experts_per_token == 7
-    assert TopPRouter.traits(num_experts=16, max_experts=4).experts_per_token == 4
+    def expected(num_experts: int, **own: Any) -> float:
+        return TopPRouter.traits(num_experts=num_experts, **complete(TopPRouter, **own)).experts_per_token
+
+    assert expected(16) == 7
+    assert expected(16, max_experts=4) == 4
     even = made(TopPRouter, std=0.0, threshold=0.5)(seen(tokens()), Replay())
-    assert (even.valid_TK.sum(-1) == TopPRouter.traits(num_experts=5, threshold=0.5).experts_per_token).all()
+    assert (even.valid_TK.sum(-1) == expected(5, threshold=0.5)).all()
     uneven = made(TopPRouter, threshold=0.6)(seen(tokens()), Replay())
     assert len(uneven.valid_TK.sum(-1).unique()) > 1, "a token takes as many as it needs"
 
@@ -224,24 +237,49 @@ def test_sparsemixer_is_phimoes(epsilon: float, training: bool, monkeypatch: pyt
         assert (expert_TK[:, 0] != theirs_TE.argmax(-1)).any(), "the draw took another than the best"
 
 
+def test_a_draw_that_is_not_the_best_has_its_whole_weight_in_one_case_of_four() -> None:
+    x_TD = torch.tensor([[1.0, 1.1, -20.0, -20.0, -20.0, -20.0]]).expand(40_000, 6)
+    routing = identity_mixer(0.3)(seen(x_TD), Replay())
+    other_T = routing.expert_TK[:, 0] == 0
+    chance = math.exp(1.0) / (math.exp(1.0) + math.exp(1.1))
+    assert other_T.float().mean().item() == pytest.approx(chance, abs=0.01)
+    whole_T = routing.weight_TK[other_T, 0] > 0.9 * chance
+    assert whole_T.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(
+        routing.weight_TK[other_T, 0][~whole_T], torch.full((int((~whole_T).sum()),), chance / 3)
+    )
+
+
+def test_a_draw_of_zero_does_not_overrule_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exponential draw can be 0; where all are, the noise is alike for all, and the best expert wins."""
+    monkeypatch.setattr(Tensor, "exponential_", Tensor.zero_)
+    assert torch.isfinite(gumbel_like(torch.ones(3))).all()
+    x_TD = torch.tensor([[1.0, 1.1, 1.2, 0.9, 0.0, -1.0]])
+    routing = identity_mixer(2.0)(seen(x_TD), Replay())
+    assert routing.expert_TK.tolist() == [[2, 1]]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "field"),
     [
         (NoisyTopKRouter, {"top_k": 1}, "router.top_k"),
         (NoisyTopKRouter, {"top_k": 5}, "router.top_k"),
         (NoisyTopKRouter, {"load_coef": -0.1}, "router.load_coef"),
-        (HashRouter, {"scale": 0.0}, "router.scale"),
+        (HashRouter, {"scale": 0.0, "weights": "softmax"}, "router.scale"),
+        (HashRouter, {"scale": 2.0}, "router.scale"),
+        (HashRouter, {"renormalise": "sum"}, "router.renormalise"),
         (HashRouter, {"weights": "sigmoid", "renormalise": "sum"}, "router.renormalise"),
         (TopPRouter, {"threshold": 0.0}, "router.threshold"),
         (TopPRouter, {"max_experts": 6}, "router.max_experts"),
         (TopPRouter, {"entropy_coef": -1.0}, "router.entropy_coef"),
         (CosineRouter, {"projection_dim": 0}, "router.projection_dim"),
         (CosineRouter, {"temperature": 0.01}, "router.temperature"),
+        (CosineRouter, {"temperature": 0.0}, "router.temperature"),
         (CosineRouter, {"top_k": 1, "weights": "chosen_softmax"}, "router.weights"),
         (SparseMixerRouter, {"epsilon": -0.1}, "router.epsilon"),
     ],
 )
 def test_what_cannot_work_is_refused(kind: Any, settings: dict[str, Any], field: str) -> None:
-    (problem,) = kind.problems(num_experts=5, **settings)
+    (problem,) = kind.problems(num_experts=5, **complete(kind, **settings))
     assert problem.field == field
-    assert kind.problems(num_experts=5) == []
+    assert kind.problems(num_experts=5, **complete(kind)) == []

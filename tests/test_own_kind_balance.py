@@ -20,7 +20,7 @@ from moetrain.moe.routers.remoe import ReMoERouter
 from moetrain.moe.routers.sinkhorn import SinkhornRouter, log_plan
 from moetrain.ops.init import Draw
 from moetrain.types import Routing
-from tests.tiny import ids, moe_layer, seen, site, tiny
+from tests.tiny import complete, seen, site
 
 
 def made(kind: Callable[..., Router], std: float = 0.5, **settings: Any) -> Any:
@@ -86,19 +86,7 @@ def test_base_layers_assigns_in_training_and_takes_the_nearest_in_evaluation() -
     for routing in (trained, evaluated):
         weight_TK = logits_TE.gather(1, routing.expert_TK).sigmoid()
         torch.testing.assert_close(routing.weight_TK, weight_TK)
-        torch.testing.assert_close(routing.identity_T, 1 - weight_TK.squeeze(1))
-
-
-def test_a_base_layer_mixes_the_expert_with_the_token() -> None:
-    target = "moetrain.moe.routers.base_layers.BaseLayersRouter"
-    layer = moe_layer(tiny(router={"_target_": target}, experts__allow_noncausal=True, dispatch="local"))
-    x_TD = torch.randn(16, 16)
-    out_TD = layer(x_TD, ids(x_TD), Replay()).hidden_TD
-    routing, experts = layer.router(seen(x_TD), Replay()), layer.experts
-    for t, (e, w) in enumerate(zip(routing.expert_TK.flatten().tolist(), routing.weight_TK.flatten(), strict=True)):
-        gate, up = (experts.gate_up[e] @ x_TD[t]).chunk(2)
-        y = experts.down[e] @ (torch.nn.functional.silu(gate) * up)
-        torch.testing.assert_close(out_TD[t], w * y + (1 - w) * x_TD[t], rtol=1e-4, atol=1e-5)
+        assert routing.identity_T is None
 
 
 def plan_by_loops(logits_TE: Tensor, tolerance: float) -> Tensor:
@@ -192,6 +180,7 @@ def test_remoe_needs_a_mean_or_a_bias_to_become_sparse() -> None:
 def test_expert_threshold_by_the_formula() -> None:
     router, x_TD = made(ExpertThresholdRouter, decay=0.75), tokens(24)
     router.threshold_E.copy_(torch.tensor([-0.5, 0.0, 0.5, 9.0, -9.0]))
+    router.num_steps.fill_(1e6)
     before = router.threshold_E.tolist()
     routing = router(seen(x_TD), Replay())
     logits_TE = x_TD @ router.gate.t()
@@ -222,12 +211,24 @@ def test_thresholds_start_near_the_share_and_come_to_it() -> None:
     torch.testing.assert_close(counts_E, torch.full((5,), 1600), rtol=0.01, atol=0)
 
 
+def test_thresholds_follow_faster_at_first() -> None:
+    router = made(ExpertThresholdRouter, decay=0.2)
+    router.threshold_E.zero_()
+    value = 0.0
+    for step in range(30):
+        adjusted(router, torch.tensor([1.0] * 6 if step % 2 else [3.0] * 5 + [1.0]))
+        decay = min(0.2, (1 + step) / (100 + step))
+        value = decay * value + (1 - decay) * (1.0 if step % 2 else 3.0)
+        torch.testing.assert_close(router.threshold_E, torch.full((5,), value), rtol=1e-5, atol=1e-6)
+
+
 def test_a_micro_batch_without_tokens_moves_no_threshold() -> None:
     router = made(ExpertThresholdRouter)
     before = router.threshold_E.clone()
     router(seen(tokens(0)), Replay())
     adjusted(router, router.statistics())
     torch.testing.assert_close(router.threshold_E, before)
+    assert router.num_steps.item() == 0
 
 
 @pytest.mark.parametrize(
@@ -238,11 +239,12 @@ def test_a_micro_batch_without_tokens_moves_no_threshold() -> None:
         (SinkhornRouter, {"iterations": 0}, "router.iterations"),
         (ReMoERouter, {"l1_factor": 1.0}, "router.l1_factor"),
         (ReMoERouter, {"l1_start": 2.0}, "router.l1_start"),
+        (ReMoERouter, {"l1_max": -1.0}, "router.l1_max"),
         (ExpertThresholdRouter, {"top_k": 5}, "router.top_k"),
         (ExpertThresholdRouter, {"decay": 1.0}, "router.decay"),
     ],
 )
 def test_what_cannot_work_is_refused(kind: Any, settings: dict[str, Any], field: str) -> None:
-    (problem,) = kind.problems(num_experts=5, **settings)
+    (problem,) = kind.problems(num_experts=5, **complete(kind, **settings))
     assert problem.field == field
-    assert kind.problems(num_experts=5) == []
+    assert kind.problems(num_experts=5, **complete(kind)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -62,23 +63,25 @@ def test_every_router_gives_the_same_under_every_ep_size() -> None:
                 np.testing.assert_allclose(held, total, rtol=1e-4, atol=1e-4, err_msg=f"{label} {key}")
 
 
-def train(name: str, mesh: Mesh, recompute: bool, steps: int = 2) -> dict[str, np.ndarray]:
-    """A few steps of the tiny decoder: weights and buffers at the end."""
+def train(name: str, mesh: Mesh, recompute: bool, steps: int = 2, accumulation: int = 1) -> dict[str, np.ndarray]:
+    """A few steps of the tiny decoder, of four sequences a rank: weights and buffers at the end."""
+    size = 4 // accumulation
     config = tiny_with(
         name,
         engine__ep_size=mesh.ep_size,
         engine__recompute=recompute,
-        train__micro_batch=4,
+        train__micro_batch=size,
         train__global_batch=4 * mesh.world_size,
         optim__clip_norm=1.0,
     )
     torch.manual_seed(mesh.rank)
     model = Decoder(config, mesh, VOCAB)
-    engine = make_engine(config, model, mesh, 1)
+    engine = make_engine(config, model, mesh, accumulation)
     for step in range(steps):
-        batch = part_of(tokens(4 * mesh.world_size, 16, seed=step), 4 * mesh.rank, 4 * mesh.rank + 4)
-        engine.forward_backward(batch)
-        model.commit_load()
+        whole = tokens(4 * mesh.world_size, 16, seed=step)
+        for first in range(4 * mesh.rank, 4 * mesh.rank + 4, size):
+            engine.forward_backward(part_of(whole, first, first + size))
+            model.commit_load()
         engine.step(0.5)
         model.adapt_routers(moved=True)
         model.take_load()
@@ -92,6 +95,40 @@ def test_recompute_changes_nothing(name: str) -> None:
     assert plain.keys() == again.keys()
     for key, value in plain.items():
         np.testing.assert_allclose(again[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat", "remoe"])
+def test_trap4_accumulation_changes_nothing(name: str) -> None:
+    """Buffers move once per optimiser step, by all of its micro-batches: a bias that moves by the sign of its load
+    does so once, and exactly as far.
+    """
+    whole, halves = train(name, alone(), recompute=False), train(name, alone(), recompute=False, accumulation=2)
+    assert any(key.startswith("buffer") for key in whole)
+    for key, value in whole.items():
+        if name == "deepseek_v3" and key.endswith("bias_E"):
+            assert value.any()
+            np.testing.assert_array_equal(halves[key], value, err_msg=key)
+        np.testing.assert_allclose(halves[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def odd(rank: int, world: int, names: list[str]) -> list[str]:
+    """No tokens, and tokens that are all alike, with both dispatchers; what is wrong, in words."""
+    mesh, wrong = mesh_of_world(2, CPU), []
+    for name, dispatch, num_tokens in product(names, ("alltoall", "padded"), (0, 4)):
+        factor = 1.0 if dispatch == "padded" else None
+        layer = moe_layer(tiny_with(name, dispatch=dispatch, capacity__factor_train=factor), mesh)
+        x_TD = torch.ones(num_tokens, 16, requires_grad=True)
+        out = layer(x_TD, torch.zeros(2, num_tokens // 2, dtype=torch.int64), Replay())
+        (out.hidden_TD.sum() + sum(out.losses.named().values())).backward()
+        gradients = {key: parameter.grad for key, parameter in layer.named_parameters()}
+        bad = [key for key, grad in gradients.items() if grad is None or not torch.isfinite(grad).all()]
+        bad += [] if torch.isfinite(out.hidden_TD).all() else ["output"]
+        wrong += [f"{name} {dispatch} {num_tokens}: {key}" for key in bad]
+    return wrong
+
+
+def test_no_tokens_and_tokens_that_are_all_alike_under_expert_parallelism() -> None:
+    assert run_ranks(2, odd, ROUTERS, timeout=280) == [[], []]
 
 
 def trained(rank: int, world: int, names: list[str]) -> list[list[dict[str, np.ndarray]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from moetrain.monitor.runfolder import config_hash
 from moetrain.problems import report
 from moetrain.survey import command
 from moetrain.survey.report import write_reports
-from moetrain.survey.runs import Asked, Comparison, Run, carry_out, plan_comparison
+from moetrain.survey.runs import Asked, Comparison, Run, carry_out, notes_of, plan_comparison
 from moetrain.types import ConfigError
 from tests.catalog import ROUTERS
 
@@ -119,9 +120,9 @@ def test_the_report_by_hand(tmp_path):
     first, second = document["routers"]
     assert [first["router"], second["router"]] == ["switch", "mixtral"]
     assert first["spreads"]["validation_loss"] == pytest.approx(
-        {"mean": 2.125, "low": 2.0, "high": 2.25, "std": 0.25 / 2**0.5}
+        {"mean": 2.125, "low": 2.0, "high": 2.25, "std": 0.25 / 2**0.5, "num_missing": 0}
     )
-    assert second["behind_best"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "std": 0.0}
+    assert second["behind_best"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "std": 0.0, "num_missing": 0}
     assert first["runs"]["0"] == {
         "validation_loss": 2.0,
         "train_loss": 1.0,  # of the last window
@@ -131,6 +132,8 @@ def test_the_report_by_hand(tmp_path):
         "dead_experts": 1.0,
         "experts_per_token": 2.0,
         "tokens_per_second": 600.0,  # the median of 400, 600 and 800
+        "num_windows": 2,
+        "no_load": 0,
     }
     text = (tmp_path / "report.md").read_text()
     assert "| `switch` | switch | 2 | 2.1250 (2.0000 .. 2.2500) | - | 1.0000 (1.0000 .. 1.0000) |" in text
@@ -175,7 +178,7 @@ def test_a_folder_of_another_configuration_is_refused_before_anything_starts(tmp
 def test_all_mistakes_at_once_before_anything_starts(tmp_path):
     words = ("router=mixtrl,base_layers,switch,mixtral", "balance=none", "run.id=a", "train.steps=abc")
     text = problems_of(asked(tmp_path, *words, num_seeds=0))
-    assert "nearest is mixtral" in text
+    assert "nearest is router=mixtral" in text
     assert "(in training), which a causal language model can't (with router=base_layers)" in text
     assert "say --balance same" in text
     assert "a comparison names its runs itself" in text
@@ -185,9 +188,85 @@ def test_all_mistakes_at_once_before_anything_starts(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [(), ("router=mixtral",), ("router=a,a",), ("router=a,b", "router=c,d")])
-def test_a_comparison_needs_two_routers(tmp_path, words):
-    assert "at least two different routers" in problems_of(asked(tmp_path, *words))
+@pytest.mark.parametrize(
+    ("words", "line", "reason", "fix"),
+    [
+        ((), "router = null", "at least two different routers", "add router=mixtral,switch"),
+        (("router=mixtral",), "router = mixtral\n", "at least two different routers", "router=mixtral,switch"),
+        (("router=a,b,a",), "router = a,b,a\n", "a is there more than once", "write router=a,b\n"),
+        (("router=a,,b",), "router = a,,b\n", "no name between two commas", "write router=a,b\n"),
+        (("router=a,b", "router=c"), "router = a,b router=c\n", "is there 2 times", "once: router=a,b,c\n"),
+        (("router=[a,b]",), "router = [a,b]\n", "not written as a list", "write router=a,b\n"),
+        (("routers=a,b",), "routers = a,b\n", "nearest is router", "write router=a,b\n"),
+    ],
+)
+def test_what_is_wrong_with_the_names(tmp_path, words, line, reason, fix):
+    text = problems_of(asked(tmp_path, *words))
+    assert line in text
+    assert reason in text
+    assert fix in text
+
+
+@pytest.mark.parametrize("world", ["0", "-1"])
+def test_a_world_is_at_least_one(capsys, tmp_path, world):
+    words = ["compare", *SMALL, "router=mixtral,switch", "--world", world, "--out", str(tmp_path)]
+    text = told(capsys, *words, status=2)
+    assert f"--world = {world}" in text
+    assert "must be at least 1" in text
+
+
+def test_routers_that_are_one_are_said_before_they_are_trained(tmp_path):
+    (note,) = notes_of(plan_comparison(asked(tmp_path, "router=mixtral,switch,hunyuan")))
+    assert note.startswith("Note: mixtral and hunyuan are one class with the same settings; their runs differ in")
+    (note,) = notes_of(plan_comparison(asked(tmp_path, "router=mixtral,hunyuan", balance="same")))
+    assert "balance is the same too" in note
+    assert notes_of(plan_comparison(asked(tmp_path, "router=mixtral,switch"))) == []
+
+
+def test_a_run_that_trained_to_nan_and_windows_without_load_are_said(tmp_path):
+    """mixtral-seed0 ends in NaN; switch-seed1 had a layer without load in one window, switch-seed0 in all."""
+    comparison = plan_comparison(asked(tmp_path, "router=mixtral,switch", "run.seed=0"))
+
+    def launch(run: Run) -> int:
+        pretend(lambda run: math.nan if run.name == "mixtral-seed0" else by_name(run))(run)
+        lines = run.folder.metrics.read_text().splitlines(keepends=True)
+        empty = {"switch-seed1": (8,), "switch-seed0": (6, 8)}.get(run.name, ())
+        for number, row in enumerate(map(json.loads, lines)):
+            if row.get("train/step") in empty and "balance/max_vio_mean" in row:
+                lines[number] = (
+                    json.dumps(row | {f"balance/max_vio_{which}": "NaN" for which in ("mean", "max")}) + "\n"
+                )
+        run.folder.metrics.write_text("".join(lines))
+        return 0
+
+    failures = carry_out(comparison, launch, lambda line: None)
+    write_reports(comparison, failures, "published", ["x"], tmp_path)
+    document = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    first, last = document["routers"]
+    assert [first["router"], last["router"]] == ["switch", "mixtral"]
+    assert first["spreads"]["max_vio"] == {"mean": 6.0, "low": 6.0, "high": 6.0, "std": None, "num_missing": 1}
+    assert last["runs"]["0"]["validation_loss"] is None
+    text = (tmp_path / "report.md").read_text()
+    assert "- `mixtral`, seed 0: its validation loss is nan." in text
+    assert "- `switch`, seed 0: no load on some layer in 2 of 2 windows." in text
+    assert "- `switch`, seed 1: no load on some layer in 1 of 2 windows." in text
+    assert "| 3.2500, 1 seed(s) without |" in text
+
+
+def test_a_router_all_of_whose_runs_end_in_nan_comes_last(tmp_path):
+    comparison = plan_comparison(asked(tmp_path, "router=mixtral,switch"))
+    losses = {"mixtral": math.nan, "switch": 2.0}
+    carry_out(comparison, pretend(lambda run: losses[run.router]), lambda line: None)
+    write_reports(comparison, [], "published", ["x"], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| `mixtral` | mixtral | 2 | no number | no number | 1.0000 (1.0000 .. 1.0000) |" in text
+
+
+def test_a_report_is_written_when_every_run_failed(tmp_path):
+    comparison = plan_comparison(asked(tmp_path, "router=mixtral,switch"))
+    failures = carry_out(comparison, lambda run: 1, lambda line: None)
+    write_reports(comparison, failures, "published", ["x"], tmp_path)
+    assert len(json.loads((tmp_path / "report.json").read_text())["failed"]) == 4
 
 
 def test_a_router_that_does_not_say_what_it_was_published_with(tmp_path):

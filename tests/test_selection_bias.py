@@ -42,13 +42,15 @@ def test_no_bias_or_a_frozen_one_does_not_adapt(bias: str) -> None:
 
 
 def test_the_bias_beside_zero_experts_aims_at_the_even_share_of_all() -> None:
-    """LongCat-Flash: of K choices a token's real experts get K N / (N + Z), so expert i lacks kT / (N + Z) - c_i."""
-    made = router(bias="proportional", bias_rate=0.1, bias_centred=False, zero_experts=4, top_k=3)
+    """LongCat-Flash's ``mu (K_e / (K N) - c / (K T))``, with K_e = 2 real experts of K = 3 choices, N = 8 and Z = 4."""
+    mu = 1.2
+    made = router(bias="proportional", bias_rate=mu / (8 + 4), bias_centred=False, zero_experts=4, top_k=3)
     routed(made, 16)
     statistics_S = made.statistics()
     before = made.bias_E.clone()
     step(made, COUNTS, statistics_S)
-    torch.testing.assert_close(made.bias_E - before, 0.1 * (4 - COUNTS.float()) / 4)
+    expected = [mu * (2 / (3 * 8) - count / (3 * 16)) for count in COUNTS.tolist()]
+    torch.testing.assert_close(made.bias_E - before, torch.tensor(expected))
 
 
 def test_quantile_gives_every_expert_its_even_share() -> None:

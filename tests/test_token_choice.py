@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.scoring import scores
+from moetrain.moe.routers.scoring import p_norm, probabilities, scores
 from moetrain.moe.routers.token_choice import TokenChoiceRouter
-from tests.tiny import seen
+from tests.gating import balance_of
+from tests.tiny import complete, seen
 from tests.token_choice import NUM_EXPERTS, routed, router
 
 
@@ -85,7 +86,7 @@ GRID: list[dict[str, Any]] = [
     {"num_groups": 4, "top_groups": 2, "top_k": 3, "select": "logits", "bias": "sign"},
     {"num_groups": 4, "top_groups": 2, "group_score": "top2_sum", "score": "sigmoid", **SUM, "bias": "sign"},
     {"num_groups": 2, "top_groups": 1, "group_score": "top2_sum", "score": "sigmoid", "bias": "frozen"},
-    {"num_groups": 8, "top_groups": 3, "top_k": 3},
+    {"num_groups": 4, "top_groups": 3, "top_k": 4},
     {"zero_experts": 4, "top_k": 3, "scale": 6.0, "bias": "proportional", "bias_centred": False},
     {"zero_experts": 5, "top_k": 8, **SUM},
     {"zero_experts": 1, "top_k": 1, "score": "sigmoid"},
@@ -119,8 +120,7 @@ def test_a_routing_is_in_order(own: dict[str, Any]) -> None:
     routing = routed(router(**own))
     zero = own.get("zero_experts", 0)
     assert routing.logits_TE.shape == routing.probs_TE.shape == (24, NUM_EXPERTS)
-    rows = routing.probs_TE.sum(-1)
-    assert (rows < 1).all() if zero else torch.allclose(rows, torch.ones(24))
+    torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(24))
     assert routing.expert_TK.dtype == torch.int64
     assert all(len(set(row)) == len(row) for row in routing.expert_TK.tolist()), "ids are distinct"
     assert 0 <= int(routing.expert_TK.min()) <= int(routing.expert_TK.max()) < NUM_EXPERTS
@@ -165,6 +165,35 @@ def test_trap12_t14_no_pick_outside_of_the_best_groups(select: str, group_score:
     assert (routing.expert_TK // 2).sort(-1).values.equal(allowed_TG.repeat_interleave(2, 1).sort(-1).values)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_probabilities_beside_zero_experts_are_those_of_the_real_ones(score: Any) -> None:
+    """LongCat: even logits are an even load, whose balance loss is 1.0 and whose entropy is ln E, not less."""
+    made = router(score=score, zero_experts=4, top_k=3)
+    routing = routed(made)
+    worth_TE = routing.logits_TE.exp() if score == "softmax" else scores(routing.logits_TE, score)
+    torch.testing.assert_close(routing.probs_TE, worth_TE / worth_TE.sum(-1, keepdim=True))
+    torch.nn.init.zeros_(made.gate)
+    even = routed(made)
+    assert balance_of(even).balance.item() == pytest.approx(1.0)
+    assert torch.special.entr(even.probs_TE).sum(-1).mean().item() == pytest.approx(math.log(NUM_EXPERTS))
+
+
+def test_a_softmax_that_zero_experts_have_taken_whole_still_has_probabilities() -> None:
+    made = router(zero_experts=1, top_k=2)
+    with torch.no_grad():
+        made.gate[:-1].mul_(0.01)
+        made.gate[-1] = torch.full((6,), 500.0)
+    routing = made(seen(torch.ones(4, 6)), Replay())
+    assert torch.equal(routing.identity_T, torch.ones(4))
+    torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(4))
+
+
+def test_a_softmax_is_not_divided_by_its_sum() -> None:
+    score_TE = scores(torch.randn(64, 7), "softmax")
+    assert torch.equal(probabilities(score_TE, "softmax"), score_TE)
+    assert not torch.equal(score_TE / score_TE.sum(-1, keepdim=True), score_TE)
+
+
 def test_sqrtsoftplus_has_a_gradient_where_softplus_underflows() -> None:
     logits_TE = torch.tensor([[-200.0, -90.0, 0.0, 50.0]], requires_grad=True)
     scores(logits_TE, "sqrtsoftplus").sum().backward()
@@ -173,8 +202,27 @@ def test_sqrtsoftplus_has_a_gradient_where_softplus_underflows() -> None:
     assert logits_TE.grad[0, 2].item() == pytest.approx(0.5 / (2 * math.sqrt(math.log(2))))
 
 
+@pytest.mark.parametrize("p", [0.5, 2.0, 3.0])
+def test_a_p_norm_is_that_of_torch_in_value_and_gradient(p: float) -> None:
+    ours_TK = torch.rand(7, 3, dtype=torch.float64).add(0.1).requires_grad_()
+    theirs_TK = ours_TK.detach().clone().requires_grad_()
+    for given_TK, norm_T1 in ((ours_TK, p_norm(ours_TK, p)), (theirs_TK, theirs_TK.norm(p, dim=-1, keepdim=True))):
+        (given_TK / norm_T1).square().sum().backward()
+    torch.testing.assert_close(p_norm(ours_TK, p), theirs_TK.norm(p, dim=-1, keepdim=True))
+    torch.testing.assert_close(ours_TK.grad, theirs_TK.grad)
+
+
+def test_a_large_p_leaves_finite_weights_and_gradients() -> None:
+    weight_TK = torch.tensor([[0.4, 0.2], [0.0, 0.0]], requires_grad=True)
+    norm_T1 = p_norm(weight_TK, 1e9)
+    assert norm_T1.tolist() == [[pytest.approx(0.4)], [pytest.approx(0.0)]]
+    (weight_TK[:1] / norm_T1[:1]).sum().backward()
+    assert weight_TK.grad is not None
+    assert weight_TK.grad.isfinite().all()
+
+
 def test_ties_go_to_the_lower_expert() -> None:
-    made = router(top_k=3, num_groups=4, top_groups=3)
+    made = router(top_k=3, num_groups=4, top_groups=2)
     torch.nn.init.zeros_(made.gate)
     assert routed(made, 4).expert_TK.tolist() == [[0, 1, 2]] * 4
 
@@ -222,9 +270,10 @@ def test_trap10_logits_and_choice_are_fp32_under_a_bf16_gate() -> None:
 
 
 def test_traits() -> None:
-    plain = TokenChoiceRouter.traits(num_experts=8)
+    plain = TokenChoiceRouter.traits(num_experts=8, **complete(TokenChoiceRouter))
     assert (plain.experts_per_token, plain.ragged, plain.noise, plain.balance) == (2, False, "none", "none")
-    longcat = TokenChoiceRouter.traits(num_experts=8, top_k=3, zero_experts=4, bias="sign", second="random")
+    own = complete(TokenChoiceRouter, top_k=3, zero_experts=4, bias="sign", second="random")
+    longcat = TokenChoiceRouter.traits(num_experts=8, **own)
     assert longcat.experts_per_token == pytest.approx(2)
     assert (longcat.ragged, longcat.noise, longcat.balance) == (True, "random second", "sign bias")
 
@@ -246,17 +295,25 @@ UNSOUND = [
     ({"num_groups": 4, "top_groups": 5}, "top_groups", "at most all"),
     ({"num_groups": 4, "top_groups": 1, "top_k": 3}, "top_groups", "2 experts are left"),
     ({"num_groups": 8, "top_groups": 4, "group_score": "top2_sum"}, "group_score", "two experts"),
+    ({"num_groups": 8, "top_groups": 3, "top_k": 3}, "top_groups", "limits nothing"),
     ({"bias": "sign", "bias_rate": 0.0}, "bias_rate", "greater than 0"),
     ({"bias": "quantile", "bias_rate": 1.5}, "bias_rate", "at most 1"),
     ({"bias": "quantile", "top_k": 8}, "bias", "all 8 are chosen"),
-    ({"bias": "quantile", "num_groups": 4, "top_groups": 2}, "bias", "groups"),
+    ({"bias": "quantile", "num_groups": 4, "top_groups": 1}, "bias", "groups"),
     ({"bias": "quantile", "zero_experts": 2}, "bias", "zero experts"),
     ({"zero_experts": -1}, "zero_experts", "number"),
     ({"zero_experts": 2, "weight_on": "input"}, "weight_on", "no input"),
-    ({"zero_experts": 2, "num_groups": 4, "top_groups": 2}, "num_groups", "no group"),
+    ({"zero_experts": 2, "num_groups": 4, "top_groups": 1}, "num_groups", "no group"),
     ({"zero_experts": 2, "bias": "sign"}, "bias_centred", "share"),
-    ({"noise": "jitter", "noise_scale": 1.5}, "noise_scale", "[0, 1]"),
-    ({"noise": "gaussian", "noise_scale": -1.0}, "noise_scale", "[0, inf]"),
+    ({"noise": "jitter", "noise_scale": 1.5}, "noise_scale", "at most 1"),
+    ({"noise": "gaussian", "noise_scale": -1.0}, "noise_scale", "must be 0 or more"),
+    ({"noise_scale": 0.1}, "noise_scale", "no part in router.noise=none"),
+    ({"noise": "learned", "noise_scale": 0.1}, "noise_scale", "no part in router.noise=learned"),
+    ({"bias_rate": 0.1}, "bias_rate", "no part in router.bias=none"),
+    ({"bias": "frozen", "bias_centred": False}, "bias_centred", "no part in router.bias=frozen"),
+    ({"group_score": "top2_sum"}, "group_score", "no part"),
+    ({"num_groups": 4, "top_groups": 2}, "top_groups", "limits nothing"),
+    ({"top_groups": 2}, "top_groups", "router.num_groups = 1"),
     ({"noise": "warmup"}, "noise_steps", "optimiser steps"),
     ({"noise": "gumbel", "noise_steps": 3}, "noise_steps", "no part"),
 ]
@@ -264,7 +321,7 @@ UNSOUND = [
 
 @pytest.mark.parametrize(("own", "field", "reason"), UNSOUND, ids=str)
 def test_unsound_settings_are_refused_with_a_fix(own: dict[str, Any], field: str, reason: str) -> None:
-    (problem,) = TokenChoiceRouter.problems(num_experts=NUM_EXPERTS, **own)
+    (problem,) = TokenChoiceRouter.problems(num_experts=NUM_EXPERTS, **complete(TokenChoiceRouter, **own))
     assert problem.field == f"router.{field}"
     assert problem.value == own.get(field, True if field == "bias_centred" else problem.value)
     assert reason in problem.reason

@@ -29,6 +29,7 @@ from moetrain.ops.kernels import Kernels
 from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import LoadCounts
+from tests.catalog import ROUTERS, tiny_with
 from tests.ranks import run_ranks
 from tests.tiny import ids, moe_layer, seen, tiny
 
@@ -77,9 +78,11 @@ def test_trap24_host_reads_of_a_dispatch(
 
 
 class HostReads(TorchDispatchMode):
-    """Operators whose result, or whose shape, the host must read from the device."""
+    """Operators whose result, or whose shape, the host must read from the device, or which copy a host's number to it
+    (``torch.tensor``): both wait for the device.
+    """
 
-    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount")
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount", "lift_fresh")
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,10 +100,44 @@ class HostReads(TorchDispatchMode):
 def test_trap24_the_watch_sees_hidden_reads() -> None:
     """The check above has teeth."""
     x = torch.tensor([1, 0, 2])
-    for read in (lambda: x[x > 0], lambda: x.nonzero(), lambda: x.sum().item(), lambda: x.repeat_interleave(x)):
+    reads = [lambda: x[x > 0], lambda: x.nonzero(), lambda: x.sum().item(), lambda: x.repeat_interleave(x)]
+    for read in [*reads, lambda: torch.tensor(3.0, device=x.device)]:
         with HostReads() as hidden:
             read()
         assert len(hidden.seen) >= 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_trap24_host_reads_of_a_whole_layer(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load, gauges, statistics and backward included: only the dispatch reads, its counts, once.
+
+    BASE's assignment in training is an auction of as many rounds as it takes: whether it is over must be read. The
+    experts stand aside: torch's grouped product reads where they end on a CPU, and nothing on an accelerator.
+    """
+    if name == "base_layers" and training:
+        pytest.skip("an auction lasts as long as somebody bids")
+    layer, lists = moe_layer(tiny_with(name, capacity__factor_train=1.0, capacity__factor_eval=1.0)), []
+    layer.train(training)
+    monkeypatch.setattr(layer.experts, "forward", lambda sent: sent.rows_RD)
+    plain = torch.Tensor.tolist
+
+    def tolist(self: torch.Tensor) -> Any:
+        lists.append(self.shape)
+        return plain(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    x_TD = torch.randn(24, 16, requires_grad=True)
+    tokens_BS = ids(x_TD, 2)
+    layer(x_TD, tokens_BS, Replay())  # the first routing is held against the contract, which reads it, once
+    lists.clear()
+    with HostReads() as hidden:
+        out = layer(x_TD, tokens_BS, Replay())
+        (out.hidden_TD.sum() + sum(out.losses.named().values())).backward()
+        if training:
+            layer.commit()
+    assert hidden.seen == []
+    assert len(lists) == 1
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,6 +15,7 @@ from moetrain.ops.init import Draw
 from moetrain.ops.kernels import make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
+from moetrain.parts import parameters
 from moetrain.types import Batch, RouterInput, RouterSite
 
 VOCAB = 64
@@ -53,6 +54,7 @@ def tiny(**changes: Any) -> Config:
         "capacity": {"factor_train": None, "factor_eval": None},
         "dispatch": {"_target_": TARGETS[changes.pop("dispatch", "alltoall")]},
         "balance": {"balance_coef": 0.1, "z_coef": 0.01, "scope": "sequence"},
+        "control": {},
         "engine": {"name": "local", "zero_stage": 0, "dtype": "fp32"},
         "optim": {"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "clip_norm": 0.05},
         "data": {},
@@ -85,6 +87,11 @@ def moe_layer(config: Config, mesh: Mesh | None = None) -> MoELayer:
 def site(dim: int = 6, num_experts: int = 5) -> RouterSite:
     """Where a router under test stands."""
     return RouterSite(dim, num_experts, VOCAB, 0, torch.device("cpu"))
+
+
+def complete(kind: type, **own: Any) -> dict[str, Any]:
+    """A router's parameters with the defaults of its signature, as its ``traits`` and ``problems`` get them."""
+    return parameters(kind, own, ("site",))
 
 
 def seen(x_TD: Tensor, num_sequences: int = 1) -> RouterInput:

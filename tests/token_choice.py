@@ -10,7 +10,7 @@ from moetrain.moe.replay import Replay
 from moetrain.moe.routers.base import StepSeen
 from moetrain.moe.routers.token_choice import TokenChoiceRouter
 from moetrain.types import Routing
-from tests.tiny import seen, site
+from tests.tiny import complete, seen, site
 
 COUNTS = torch.tensor([10, 2, 4, 4, 0, 4, 4, 4])
 NUM_EXPERTS = 8
@@ -18,7 +18,7 @@ NUM_EXPERTS = 8
 
 def router(**own: Any) -> TokenChoiceRouter:
     """With settings that a user may choose, random weights and, where it has one, a random bias."""
-    assert TokenChoiceRouter.problems(num_experts=NUM_EXPERTS, **own) == []
+    assert TokenChoiceRouter.problems(num_experts=NUM_EXPERTS, **complete(TokenChoiceRouter, **own)) == []
     torch.manual_seed(0)
     made = TokenChoiceRouter(site=site(6, NUM_EXPERTS), **own)
     torch.nn.init.normal_(made.gate)

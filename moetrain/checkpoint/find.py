@@ -27,7 +27,7 @@ def find(folder: Path, mesh: Mesh) -> Source | None:
     None if there is none at all. Raises NoneWhole, on every rank, if there are some and none verifies.
     """
     names = broadcast_text("/".join(p.name for p in candidates(folder)), mesh.world_group)
-    wrong = []
+    wrong: list[str] = []
     for name in names.split("/") if names else []:
         source, problem = _verified(folder / name, mesh)
         if source is not None:

@@ -120,10 +120,10 @@ class Source:
         reached = 0
         for stored in pieces:
             if stored.start != reached or stored.dtype != spec.dtype:
-                break
+                raise ValueError(f"{self.path} is not whole: {key!r:.120} has other values than {spec} at {reached}")
             reached = stored.stop
         if reached != spec.num_values:
-            raise ValueError(f"{self.path} is not whole: of {key!r:.120} {reached} of {spec.num_values} values fit")
+            raise ValueError(f"{self.path} is not whole: {key!r:.120} has {reached} of {spec.num_values} values")
 
     def _compare(self, wanted: Any, weights_only: bool) -> None:
         saved = {k: v for k, v in self.manifest.tensors.items() if not (weights_only and k.startswith("optimizer/"))}

@@ -25,6 +25,11 @@ from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import Batch, Gauges, LoadCounts, LossTerms, ModelOutput
 
+COLLAPSE = 20.0
+"""Of two experts' logits over all others: enough that neither balance loss nor z-loss has a gradient to speak of at the
+others.
+"""
+
 
 class Decoder(nn.Module):
     """Tokens in, loss out. Parameters are fp32 on the mesh's device, a function of (seed, name, global expert id)."""
@@ -69,6 +74,9 @@ class Decoder(nn.Module):
             block.init_weights(draw.of(f"blocks.{index}"), std, std_out)
         if not self.config.model.tied_embeddings:
             draw.normal_(self.head, "head", std)
+        if self.config.debug.collapsed_router:
+            for layer in self.moe_layers():
+                layer.router.get_parameter("gate_bias").detach()[:2] = COLLAPSE
 
     def forward(self, batch: Batch) -> ModelOutput:
         """One micro-batch -> its loss: mean cross-entropy in nats, and the router losses with their coefficients."""
@@ -109,6 +117,24 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, in order of depth."""
         return [m for m in self.modules() if isinstance(m, MoELayer)]
+
+    def moe_paths(self) -> list[str]:
+        """What the MoE layers are called among the modules, in the same order."""
+        return [name for name, m in self.named_modules() if isinstance(m, MoELayer)]
+
+    def set_balance_coef(self, value: float) -> None:
+        """From the next step on, in moetrain's units. On every rank alike, as all of these."""
+        self.balance = replace(self.balance, balance_coef=value)
+
+    def set_capacity_factor(self, value: float) -> None:
+        """Of training, of all layers, from the next step on."""
+        for layer in self.moe_layers():
+            layer.capacity.factor_train = value
+
+    def set_bias_rate(self, value: float) -> None:
+        """Of the selection biases of all layers, from the next step on."""
+        for layer in self.moe_layers():
+            layer.router.bias_rate = value
 
     def expert_names(self) -> frozenset[str]:
         """Names of the parameters that are sharded over EP: stacked, dim 0 is the local expert."""

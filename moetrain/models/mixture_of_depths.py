@@ -4,7 +4,9 @@ Every token has a score ``r = x w``. In training the C best tokens of each seque
 among themselves included, with their own positions; they become ``x + r * f(x)``, with f all that the block adds, and
 the others stay x. Which tokens are the best is known only when the whole sequence is: a later token can push an earlier
 one out. So in evaluation a token goes through where a small predictor, which sees that token alone and is trained to
-tell the C best from the others, says so. Evaluation is causal; the number of tokens that go through is then not fixed.
+tell the C best from the others, says so. Evaluation is causal; the number of tokens that go through is then
+not fixed, and another one for each sequence: those of a micro-batch are fed as one row, so that router losses of each
+sequence by itself (balance.scope = sequence) are of the micro-batch then.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ class DepthBlock(Block):
         score_1N1 = depth.score_BS.flatten()[row_N].view(1, -1, 1)
         added_1ND = (score_1N1 * (attended_1ND + fed.hidden_BSD)).to(x_BSD.dtype)
         hidden_TD = x_BSD.flatten(0, 1).index_add(0, row_N, added_1ND.squeeze(0))
-        losses = fed.losses if row_N.numel() else None  # they are means over tokens
+        losses = fed.losses if row_N.numel() else None  # zeros of no tokens would have part in the mean over layers
         return BlockOutput(hidden_TD.view_as(x_BSD), losses, depth.loss)
 
 

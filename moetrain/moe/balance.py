@@ -11,7 +11,7 @@ share of assignments that went to expert e, P_e the mean router probability, ove
   fewer: that is what it rewards.
 - importance: squared coefficient of variation of the experts' summed combine weights, the variance being a mean over E
   (Shazeer et al. 2017).
-- z: ``mean_t logsumexp(l_t)^2`` (ST-MoE, Zoph et al. 2022).
+- z: ``mean_t logsumexp(l_t)^2`` over the E experts (ST-MoE, Zoph et al. 2022); zero experts have no part in it.
 
 The scope is the set of tokens that they are taken over (z: always all tokens, one by one):
 
@@ -21,6 +21,8 @@ The scope is the set of tokens that they are taken over (z: always all tokens, o
   so one all-reduce of integers is enough, and the mean over ranks of the local losses equals the loss of the whole.
   The same under every layout without accumulation; with it, early micro-batches see the counts so far. communication
   and importance are over all ranks too, micro-step by micro-step.
+
+A set without tokens has no imbalance: every loss of it is 0.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config import BalanceConfig
+from moetrain.ops.spread import cv_squared, summed_weights
 from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import LossTerms, Routing
@@ -42,15 +45,8 @@ def balance_loss(share_XE: Tensor, probs_XE: Tensor) -> Tensor:
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
-    """Scalar mean squared log-partition of the router's logits."""
-    return torch.logsumexp(logits_TE, dim=-1).square().mean()
-
-
-def cv_squared(summed_XE: Tensor) -> Tensor:
-    """Scalar: variance (mean over E) by squared mean of each row, then the mean over rows; 0 for a row of zeros."""
-    mean_X1 = summed_XE.mean(-1, keepdim=True)
-    variance_X = (summed_XE - mean_X1).square().mean(-1)
-    return (variance_X / mean_X1.squeeze(-1).square().clamp(min=1e-10)).mean()
+    """Scalar mean squared log-partition of the router's logits; 0 of no tokens."""
+    return torch.logsumexp(logits_TE, dim=-1).square().sum() / max(logits_TE.shape[0], 1)
 
 
 def weighted(losses: LossTerms, config: BalanceConfig) -> Tensor:
@@ -84,7 +80,8 @@ class Balance(nn.Module):
         """
         config, num_sets = self.config, num_sequences if self.config.scope == "sequence" else 1
         share_XE = self._share(routing, num_sets, earlier_E)
-        probs_XE = routing.probs_TE.view(num_sets, -1, self.num_experts).mean(1)
+        probs_XnE = routing.probs_TE.view(num_sets, -1, self.num_experts)
+        probs_XE = probs_XnE.sum(1) / max(probs_XnE.shape[1], 1)
         losses = replace(
             LossTerms.zeros(probs_XE.device), balance=balance_loss(share_XE, probs_XE), z=z_loss(routing.logits_TE)
         )
@@ -120,7 +117,7 @@ class Balance(nn.Module):
         if self.config.scope == "global_batch":
             sent_XD, num_tokens = sum_over(sent_XD, self.mesh.world_group), num_tokens * self.mesh.world_size
         at_most = self.config.devices_per_token or min(top_k, self.num_devices)
-        return sent_XD / (at_most * num_tokens / num_sets)
+        return sent_XD / (at_most * max(num_tokens, 1) / num_sets)
 
     def _summed_weights(self, routing: Routing, num_sets: int) -> Tensor:
         """Combine weights of each expert over a set, [X, E].
@@ -128,8 +125,7 @@ class Balance(nn.Module):
         Over all ranks the value is that of the whole; the gradient of this rank's part is multiplied by the ranks,
         since gradients are averaged over them afterwards.
         """
-        weight_TE = torch.zeros_like(routing.probs_TE).scatter(1, routing.expert_TK, routing.weight_TK)
-        mine_XE = weight_TE.view(num_sets, -1, self.num_experts).sum(1)
+        mine_XE = summed_weights(routing.expert_TK, routing.weight_TK, self.num_experts, num_sets)
         if self.config.scope != "global_batch":
             return mine_XE
         return sum_over(mine_XE, self.mesh.world_group) + self.mesh.world_size * (mine_XE - mine_XE.detach())

@@ -43,20 +43,23 @@ def renormalised(routing: Routing, kept_TK: Tensor) -> Routing:
 class Capacity(nn.Module):
     """Places assignments in slots in the order of ``priority``, and drops what exceeds the capacity.
 
-    Only ``token_major`` is causal: under the other orders a later token can take the slot of an earlier one. ``random``
-    draws an order in training and is choice-major in evaluation. The ``probs`` of an expert are the combine weights,
+    Only ``token_major`` is causal (for k = 1 also ``choice_major``, which is the same then): under the other orders a
+    later token can take the slot of an earlier one. ``random`` draws an order in training and is choice-major in
+    evaluation. The ``probs`` of an expert are the combine weights,
     those of ``batch_prioritised`` the best router probability among a token's experts; ties go to the earlier token.
 
     scope ``global``: the queue that one process would have made of the whole micro-step, ranks in their order.
     ``choice_major`` and ``token_major`` need a small exchange of counts for it, the others gather every assignment.
     ``sequence``: each sequence has ``slots`` of its own, numbered on from those of the sequence before it, so that the
     capacity of the micro-batch is the sum.
+
+    ``factor_train`` may be set between steps, on all ranks alike.
     """
 
     def __init__(self, config: CapacityConfig, num_experts: int, experts_per_token: float, mesh: Mesh) -> None:
         super().__init__()
         self.config, self.num_experts, self.mesh = config, num_experts, mesh
-        self.experts_per_token = experts_per_token
+        self.experts_per_token, self.factor_train = experts_per_token, config.factor_train
 
     def forward(self, routing: Routing, num_sequences: int, replay: Replay) -> Placement:
         """Routing of T tokens of ``num_sequences`` equally long sequences -> the same with a slot for each
@@ -79,7 +82,7 @@ class Capacity(nn.Module):
     def _slots(self, num_tokens: int, num_sequences: int) -> int | None:
         config = self.config
         fixed = config.slots_train if self.training else config.slots_eval
-        factor = config.factor_train if self.training else config.factor_eval
+        factor = self.factor_train if self.training else config.factor_eval
         if factor is None or fixed is not None:
             return fixed
         counted = {

@@ -13,6 +13,7 @@ from moetrain.config import Config
 from moetrain.moe.adapt import Observed
 from moetrain.moe.balance import Balance
 from moetrain.moe.capacity import Capacity
+from moetrain.moe.contract import break_of_contract
 from moetrain.moe.experts import Experts
 from moetrain.moe.gauges import LayerGauges
 from moetrain.moe.load import ExpertLoad
@@ -24,7 +25,7 @@ from moetrain.ops.kernels import Kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.parts import build
-from moetrain.types import MoEOutput, RouterInput, RouterSite
+from moetrain.types import MoEOutput, RouterInput, RouterSite, Routing
 
 
 class MoELayer(nn.Module):
@@ -50,6 +51,7 @@ class MoELayer(nn.Module):
         self.balance = Balance(config.balance, num_experts, mesh)
         self.load = ExpertLoad(num_experts, mesh.device)
         self.gauges, self.observed = LayerGauges(), Observed()
+        self._layer, self._judged = layer, mesh.device.type == "meta"
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
         self.router.init_weights(draw.of("router"), std)
@@ -61,7 +63,9 @@ class MoELayer(nn.Module):
         """[T, D], and the ids of those tokens, whose rows are sequences -> [T, D] to be added to the residual."""
         through, num_sequences = self.timeline.through, tokens_BS.shape[0]
         x_TD = through(x_TD, "rest", "route")
-        placement = self.capacity(self.router(RouterInput(x_TD, tokens_BS), replay), num_sequences, replay)
+        chosen = self.router(RouterInput(x_TD, tokens_BS), replay)
+        self._judge(chosen)
+        placement = self.capacity(chosen, num_sequences, replay)
         routing = placement.routing
         if self.training:
             self.load.record(placement)
@@ -77,6 +81,15 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             out_TD = self.shared.join(out_TD, x_TD)
         return MoEOutput(out_TD, losses)
+
+    def _judge(self, routing: Routing) -> None:
+        """The first routing of some tokens, once: a router of one's own may break its contract. Raises ValueError."""
+        if self._judged or routing.expert_TK.numel() == 0:
+            return
+        self._judged = True
+        if (broken := break_of_contract(routing, self.balance.num_experts)) is not None:
+            kind = type(self.router)
+            raise ValueError(f"{kind.__module__}.{kind.__qualname__}, router of layer {self._layer}: {broken}")
 
     def commit(self) -> None:
         """Count the micro-batch just done, once."""

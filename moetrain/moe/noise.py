@@ -11,15 +11,27 @@ from torch.nn.functional import linear, softplus
 from moetrain.types import Problem, RouterSite
 
 NoiseKind = Literal["none", "jitter", "gaussian", "learned", "gumbel", "warmup"]
+SCALED = ("jitter", "gaussian", "gumbel")
+SCALE = 0.01
+"""What ``noise_scale`` may be although it plays no part: the default of the router that has it."""
+STD_MIN = 1e-6
+"""Learned noise is at least this wide: its losses divide by its size."""
 MEMORY = 0.9
 """How much of the running mean and deviation of the logits outlasts one step of the warm-up."""
+
+
+def gumbel_like(logits_TE: Tensor) -> Tensor:
+    """Draws of Gumbel(0, 1), -log(E) of an exponential E. E = 0 can be drawn, and without a bound -log(0) would win
+    whatever the logits.
+    """
+    return -torch.empty_like(logits_TE).exponential_().clamp_min(torch.finfo(logits_TE.dtype).tiny).log()
 
 
 class Noise(nn.Module):
     """Kinds of noise, ``num_logits`` (E, and zero experts if any) logits wide:
 
     jitter: x * U(1 - scale, 1 + scale) (Switch). gaussian: logits + scale * N(0, 1). learned: logits +
-    softplus(x W^T) * N(0, 1), W from zeros, ``scale`` has no part in it (Shazeer et al. 2017). gumbel: logits + scale *
+    learned_std(x) * N(0, 1), W from zeros, ``scale`` has no part in it (Shazeer et al. 2017). gumbel: logits + scale *
     Gumbel(0, 1), so that under scale 1 the first choice is a draw from the softmax. warmup (Ling, arXiv 2503.05139):
     in step i of ``steps``, a * logits + (1 - a) * (mean + std * N(0, 1)) with a = i / steps, from i = 1; mean and std,
     of all logits of the layer, run along in buffers. ``adjust``, once a step, alone moves them.
@@ -38,10 +50,12 @@ class Noise(nn.Module):
     def problems(kind: NoiseKind, scale: float, steps: int) -> list[Problem]:
         """Settings that draw nothing, or turn the input around."""
         problems = []
-        limit = 1.0 if kind == "jitter" else float("inf")
-        if not 0.0 <= scale <= limit:
-            reason = f"must lie in [0, {limit:g}]"
-            problems.append(Problem("router.noise_scale", scale, reason, "set router.noise_scale=0.01, say"))
+        if kind not in SCALED and scale != SCALE:
+            fix = f"set router.noise_scale={SCALE:g}, its default, or router.noise={' | '.join(SCALED)}"
+            problems.append(Problem("router.noise_scale", scale, f"has no part in router.noise={kind}", fix))
+        elif scale < 0 or (kind == "jitter" and scale > 1):
+            reason = "must be 0 or more" + (", and at most 1" if kind == "jitter" else "")
+            problems.append(Problem("router.noise_scale", scale, reason, f"set router.noise_scale={SCALE:g}, say"))
         if kind == "warmup" and steps < 1:
             reason = "a warm-up of the router lasts a number of optimiser steps"
             problems.append(Problem("router.noise_steps", steps, reason, "set router.noise_steps=100, say"))
@@ -61,16 +75,18 @@ class Noise(nn.Module):
         if not self.training or self.kind in ("none", "jitter"):
             return logits_TE
         if self.kind == "gumbel":
-            # -log(E) of an exponential E; E = 0 can be drawn, and log(0) would choose that expert for good
-            drawn_TE = torch.empty_like(logits_TE).exponential_().clamp_min(torch.finfo(logits_TE.dtype).tiny)
-            return logits_TE - self.scale * drawn_TE.log()
+            return logits_TE + self.scale * gumbel_like(logits_TE)
         normal_TE = torch.randn_like(logits_TE)
         if self.kind == "gaussian":
             return logits_TE + self.scale * normal_TE
         if self.kind == "learned":
-            return logits_TE + softplus(linear(x_TD, self.gate.float())) * normal_TE
+            return logits_TE + self.learned_std(x_TD) * normal_TE
         share = ((self.num_steps.float() + 1.0) / self.steps).clamp(max=1.0)
         return share * logits_TE + (1.0 - share) * (self.mean.float() + self.std.float() * normal_TE)
+
+    def learned_std(self, x_TD: Tensor) -> Tensor:
+        """Deviation of learned noise, ``softplus(x W^T)`` and at least ``STD_MIN``, fp32 [T, A]; x_TD: fp32."""
+        return softplus(linear(x_TD, self.gate.float())).clamp_min(STD_MIN)
 
     @property
     def num_statistics(self) -> int:

@@ -76,6 +76,16 @@ CHARTS = (
     Chart("Largest router logit, worst layer", (Curve("balance/logit_max", "logit"),)),
     Chart("Gradient norm", (Curve("train/grad_norm", "before clipping"),), floor=0.0),
     Chart("Throughput, tokens/s", (Curve("perf/tokens_per_second", "all ranks"),), floor=0.0),
+    Chart(
+        "Time of a step, ms",
+        (
+            Curve("perf/step_seconds", "the whole step"),
+            Curve("time/experts_seconds", "experts"),
+            Curve("time/exchange_seconds", "exchange"),
+        ),
+        floor=0.0,
+        factor=1000.0,
+    ),
 )
 
 

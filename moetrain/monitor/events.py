@@ -1,5 +1,5 @@
-"""events.jsonl: what happened to a run, and what was done about it: alerts, actions of controllers, skipped steps,
-resumes.
+"""events.jsonl: what happened to a run, and what was done about it: alerts, diagnoses, actions of controllers, skipped
+steps, resumes.
 
 Unlike numbers, an event is not forgotten when a resume goes back over its step: it did happen.
 """
@@ -18,7 +18,7 @@ KEYS = Keys("step", "segment")
 
 @dataclass(frozen=True)
 class Event:
-    """After ``step`` steps. kind: one word, such as alert, action, skipped, resume. message: for people.
+    """After ``step`` steps. kind: one word, such as alert, control, skipped, resume. message: for people.
 
     data: plain values behind the message. undone: a later segment of the run took it up before this step.
     """

@@ -1,8 +1,9 @@
-"""The layer x expert load as a picture: one fixed diverging scale, so that pictures of different steps compare."""
+"""Layer x expert pictures of the load and of what was dropped, on fixed scales: those of different steps compare."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,27 +11,50 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Blue for starved, near white for the fair share, red for overloaded: a scale that colour-blind people can read.
 STARVED, FAIR, OVERLOADED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
+NOTHING, MUCH = (247, 247, 247), (84, 39, 136)
 NO_TOKENS = (120, 120, 120)
+MOST_DROPPED = 0.5
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 FONT_SIZE = 14
 
 
-def colour(relative: float) -> tuple[int, int, int]:
+Colour = tuple[int, int, int]
+
+
+def colour(relative: float) -> Colour:
     """Load over fair share -> RGB: 0 starved, 1 fair, 2 and above overloaded, NaN grey."""
     if np.isnan(relative):
         return NO_TOKENS
-    other = STARVED if relative < 1.0 else OVERLOADED
-    far = min(abs(relative - 1.0), 1.0)
-    red, green, blue = (round(a + (b - a) * far) for a, b in zip(FAIR, other, strict=True))
-    return red, green, blue
+    return _between(FAIR, STARVED if relative < 1.0 else OVERLOADED, min(abs(relative - 1.0), 1.0))
 
 
-def heatmap(relative_LE: NDArray[np.float64], layers: Sequence[int], title: str) -> NDArray[np.uint8]:
-    """Load over fair share, [L, E] -> RGB picture [height, width, 3]: a row a layer, a column an expert, and a scale.
+def drop_colour(fraction: float) -> Colour:
+    """Dropped share -> RGB: white nothing, violet half and above, NaN grey."""
+    if np.isnan(fraction):
+        return NO_TOKENS
+    return _between(NOTHING, MUCH, min(fraction / MOST_DROPPED, 1.0))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How values 0..top become colours, and what stands below the legend, at which part of its length."""
+
+    name: str
+    top: float
+    colour: Callable[[float], Colour]
+    marks: tuple[tuple[float, str], ...]
+
+
+LOAD = Scale("load", 2.0, colour, ((0.0, "0"), (0.5, "1 = fair share"), (1.0, "2+")))
+DROP = Scale("dropped", MOST_DROPPED, drop_colour, ((0.0, "0 %"), (1.0, "50 %+")))
+
+
+def heatmap(values_LE: NDArray[np.float64], layers: Sequence[int], title: str, scale: Scale) -> NDArray[np.uint8]:
+    """[L, E] -> RGB picture [height, width, 3]: a row a layer, a column an expert, and the legend of the scale.
 
     ``layers``: the decoder layer of each row.
     """
-    num_layers, num_experts = relative_LE.shape
+    num_layers, num_experts = values_LE.shape
     cell = max(4, min(40, 960 // num_experts))
     row = max(FONT_SIZE + 4, min(40, cell))
     left, top = 80, 32
@@ -43,10 +67,15 @@ def heatmap(relative_LE: NDArray[np.float64], layers: Sequence[int], title: str)
         draw.text((left - 8, top + i * row + row / 2), f"layer {layer}", INK, _font(), anchor="rm")
         for j in range(num_experts):
             box = (left + j * cell, top + i * row, left + (j + 1) * cell - 1, top + (i + 1) * row - 1)
-            draw.rectangle(box, fill=colour(float(relative_LE[i, j])))
+            draw.rectangle(box, fill=scale.colour(float(values_LE[i, j])))
     _expert_axis(draw, left, bottom, cell, num_experts)
-    _scale(draw, left, bottom + 46)
+    _legend(draw, left, bottom + 46, scale)
     return np.asarray(picture)
+
+
+def _between(low: Colour, high: Colour, share: float) -> Colour:
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    return red, green, blue
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -61,11 +90,10 @@ def _expert_axis(draw: ImageDraw.ImageDraw, left: int, y: int, cell: int, num_ex
     draw.text((left - 8, y + 4), "expert", INK, _font(), anchor="ra")
 
 
-def _scale(draw: ImageDraw.ImageDraw, left: int, y: int) -> None:
-    """The legend: 0 to 2 times the fair share."""
+def _legend(draw: ImageDraw.ImageDraw, left: int, y: int, scale: Scale) -> None:
     length = 240
-    draw.text((left - 8, y + 7), "load", INK, _font(), anchor="rm")
+    draw.text((left - 8, y + 7), scale.name, INK, _font(), anchor="rm")
     for x in range(length):
-        draw.line((left + x, y, left + x, y + 14), fill=colour(2.0 * x / (length - 1)))
-    for share, text in [(0.0, "0"), (0.5, "1 = fair share"), (1.0, "2+")]:
+        draw.line((left + x, y, left + x, y + 14), fill=scale.colour(scale.top * x / (length - 1)))
+    for share, text in scale.marks:
         draw.text((left + share * length, y + 18), text, INK, _font(), anchor="ma")

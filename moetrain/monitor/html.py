@@ -38,13 +38,14 @@ def page(histories: Sequence[History]) -> str:
     assert len(histories) in (1, 2), len(histories)
     data = {"runs": [page_run(history, BYTES // len(histories)) for history in histories]}
     title = " and ".join(history.facts.id for history in histories)
-    parts = {
-        "TITLE": html.escape(f"moetrain: {title}"),
-        "STYLE": _read("style.css"),
-        "SCRIPT": "\n".join(_read(name) for name in SCRIPTS),
-        "DATA": embedded(data),
-    }
-    return re.sub(r"@([A-Z]+)@", lambda name: parts[name[1]], _read("page.html"))
+    scripts = [page_part(name) for name in SCRIPTS]
+    return assembled(page_part("page.html"), f"moetrain: {title}", page_part("style.css"), scripts, data)
+
+
+def assembled(template: str, title: str, style: str, scripts: Sequence[str], data: object) -> str:
+    """A page that needs nothing else: ``template`` with @TITLE@, @STYLE@, @SCRIPT@ and @DATA@ filled in."""
+    parts = {"TITLE": html.escape(title), "STYLE": style, "SCRIPT": "\n".join(scripts), "DATA": embedded(data)}
+    return re.sub(r"@([A-Z]+)@", lambda name: parts[name[1]], template)
 
 
 def embedded(data: object) -> str:
@@ -53,5 +54,6 @@ def embedded(data: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _read(name: str) -> str:
+def page_part(name: str) -> str:
+    """A file of monitor/page/."""
     return (resources.files("moetrain.monitor") / "page" / name).read_text(encoding="utf-8")

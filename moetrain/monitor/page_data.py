@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,7 @@ def _event(event: Event) -> dict[str, Any]:
 
 def _fact_rows(history: History) -> Mapping[str, str]:
     facts = history.facts
+    started = datetime.fromisoformat(facts.started).isoformat(" ", "seconds")
     rows = {
         "recipe": facts.recipe,
         "router": facts.router,
@@ -135,7 +137,7 @@ def _fact_rows(history: History) -> Mapping[str, str]:
         "ranks": f"{facts.world_size}, of which {facts.ep_size} share the experts"
         if facts.ep_size
         else str(facts.world_size),
-        "started": facts.started if facts.starts == 1 else f"{facts.started}, {facts.starts} times in all",
+        "started": started if facts.starts == 1 else f"{started}, {facts.starts} times in all",
         "source": facts.commit[:12] if facts.commit else "an installed package",
         "folder": str(facts.folder.resolve()),
     }

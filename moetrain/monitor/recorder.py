@@ -13,6 +13,7 @@ from time import perf_counter
 
 from rich.console import Console
 
+from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.monitor.balance import Balance, summarise
 from moetrain.monitor.events import EventsFile
@@ -27,8 +28,10 @@ from moetrain.monitor.report import (
     closing_report,
     write_report,
 )
+from moetrain.monitor.rounds import News, Rounds, spoken
 from moetrain.monitor.rows import Rows, Timing, losses
 from moetrain.monitor.runfolder import RunFolder
+from moetrain.monitor.signs import facts_of
 from moetrain.monitor.wandb import LayerLoad, WandbLogger, WandbSettings, is_picture_step
 from moetrain.monitor.window import GaugeMeans, WindowMeans
 from moetrain.parallel.mesh import Mesh
@@ -51,6 +54,7 @@ class Recorder:
     def __init__(self, config: Config, mesh: Mesh, corpus: CorpusFacts, folder: RunFolder, start: int) -> None:
         self._config, self._mesh, self._corpus, self._folder = config, mesh, corpus, folder
         self._rows = Rows(config, mesh, corpus.vocab_size)
+        self._rounds = Rounds(facts_of(config, mesh.ep_size))
         self._layers, self._tokens_per_step = self._rows.layers, self._rows.tokens_per_step
         self._metrics = MetricsFile(folder.metrics, start, start * self._tokens_per_step)
         self._loads = ExpertLoadFile(folder.expert_load, start, start * self._tokens_per_step)
@@ -67,6 +71,7 @@ class Recorder:
         self._steps = self._steady_steps = 0
         self._phases: dict[str, float] = {}
         self._last: WindowMeans | None = None
+        self._last_steps = 0
         self._validation: float | None = None
 
     def tick(self, done: int, seconds: float) -> None:
@@ -94,10 +99,12 @@ class Recorder:
         self._write(done, row.numbers)
         if self._wandb is not None and means.load is not None and self._is_picture_step(done):
             tokens = done * self._tokens_per_step
-            self._wandb.load(LayerLoad(done, tokens, means.load.assigned_LE.numpy(), self._layers))
+            assigned_LE, kept_LE = means.load.assigned_LE.numpy(), means.load.kept_LE.numpy()
+            self._wandb.load(LayerLoad(done, tokens, assigned_LE, kept_LE, self._layers))
         if means.load is not None and is_load_step(done, self._config.train.steps, self._config.monitor.log_every):
             self._loads.write(self._load_window(done, means.load, means.gauges))
         self._show(done, means, row.tokens_per_second, row.balance)
+        self._tell(done, self._rounds.visit(done, row.numbers))
         self._end_window(means, phases)
 
     def event(self, done: int, kind: str, message: str, data: Mapping[str, object]) -> None:
@@ -107,10 +114,9 @@ class Recorder:
     def alarm(self, done: int, message: str) -> None:
         """An event that an operator must see now."""
         self.event(done, "alert", message, {})
-        if self._progress is not None:
-            self._progress.say(message)
-        else:
-            print(f"moetrain: {message}", file=sys.stderr, flush=True)
+        if self._wandb is not None:
+            self._wandb.alert(f"{self._folder.id} at step {done}", message, "ERROR")
+        self._say(message)
 
     def validation(self, done: int, means: WindowMeans) -> None:
         """Mean validation losses after step ``done``."""
@@ -135,6 +141,21 @@ class Recorder:
         report = self._report(self._last, sample, memory, saved, notes)
         Console().print(closing_report(report, shutil.get_terminal_size().columns))
         write_report(report, self._folder.report)
+
+    def _say(self, message: str) -> None:
+        if self._progress is not None:
+            self._progress.say(message)
+        else:
+            print(f"moetrain: {message}", file=sys.stderr, flush=True)
+
+    def _tell(self, done: int, news: list[News]) -> None:
+        """What the doctor has found: an event for each layer, a line and an alert for each name."""
+        for one in news:
+            self.event(done, "diagnosis", str(one), one.data())
+        for line in spoken(news):
+            self._say(f"step {done}: {line}")
+            if self._wandb is not None:
+                self._wandb.alert(f"{self._folder.id} at step {done}", line, "WARN")
 
     def _load_window(self, done: int, load: LoadCounts, gauges: GaugeMeans | None) -> LoadWindow:
         return LoadWindow(
@@ -187,7 +208,8 @@ class Recorder:
             self._phases[name] = self._phases.get(name, 0.0) + seconds
         self._steady_seconds += self._seconds
         self._steady_steps += self._steps
-        self._seconds, self._steps, self._last = 0.0, 0, means
+        self._last, self._last_steps = means, self._steps
+        self._seconds, self._steps = 0.0, 0
 
     def _report(
         self,
@@ -201,7 +223,13 @@ class Recorder:
         tokens_per_second = self._steady_steps * self._tokens_per_step / self._steady_seconds
         load = None
         if last.load is not None:
-            load = LoadReport(last.load, summarise(last.load, self._mesh.ep_size, self._layers))
+            traits = traits_of(self._config)
+            load = LoadReport(
+                last.load,
+                summarise(last.load, self._mesh.ep_size, self._layers),
+                self._last_steps * self._tokens_per_step,
+                traits.experts_per_token if traits.ragged else None,
+            )
         return ClosingReport(
             steps=num_steps,
             tokens=num_steps * self._tokens_per_step,

@@ -56,10 +56,15 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Global counts of the last window, and their balance."""
+    """Global counts of the last window, and their balance.
+
+    tokens: of the window. expected: experts per token where their number is free (ragged), else None.
+    """
 
     counts: LoadCounts
     balance: Balance
+    tokens: int
+    expected: float | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def closing_report(report: ClosingReport, width: int) -> RenderableType:
     """The whole report, at most ``width`` columns wide; to be printed once, by rank 0."""
     parts: list[RenderableType] = [Rule("Training is done"), _summary(report), _losses(report.loss)]
     if report.load is not None:
-        parts += [load_table(report.load.counts, report.load.balance, width), _balance(report.load.balance)]
+        parts += [load_table(report.load.counts, report.load.balance, width), _balance(report.load)]
     if report.phase_seconds:
         parts.append(_phases(report.phase_seconds))
     parts.append(_memory(report.memory))
@@ -135,17 +140,32 @@ def _losses(loss: LossReport) -> Group:
         table.add_row(name, f"{nats:.3f}", f"{bits_per_byte(nats, loss.bytes_per_token):.3f}")
     name, value = ("train", loss.train) if loss.validation is None else ("validation", loss.validation)
     gap = loss.bigram_entropy - value
+    if not math.isfinite(value):
+        return Group(table, Text(f"The {name} loss is {value}: the run has failed.", style="bold red"))
     verdict = f"The {name} loss is {abs(gap):.3f} nats/token {'below' if gap > 0 else 'ABOVE'} the bigram entropy."
     return Group(table, Text(verdict))
 
 
-def _balance(balance: Balance) -> Text:
-    return Text(
-        f"worst expert {balance.load_max:.2f}x its fair share (layer {balance.worst_layer}), "
-        f"busiest rank {balance.rank_load_max:.2f}x, dropped {balance.drop_fraction:.1%}, "
-        f"effective experts {balance.effective_experts_mean:.1f} (least {balance.effective_experts_min:.1f}), "
-        f"dead experts {balance.dead_experts}"
-    )
+def _balance(load: LoadReport) -> Text:
+    """The headline numbers of the layers that received tokens; which did not; experts per token where they are free."""
+    balance = load.balance
+    empty = [one.layer for one in balance.layers if math.isnan(one.load_max)]
+    lines = [f"layer {layer} received no token: its router chose no expert at all" for layer in empty]
+    fed = [one for one in balance.layers if one.layer not in empty]
+    if fed:
+        worst = max(fed, key=lambda one: one.load_max)
+        effective = [one.effective_experts for one in fed]
+        lines.append(
+            f"worst expert {worst.load_max:.2f}x its fair share (layer {worst.layer}), "
+            f"busiest rank {max(one.rank_load_max for one in fed):.2f}x, dropped {balance.drop_fraction:.1%}, "
+            f"effective experts {sum(effective) / len(fed):.1f} (least {min(effective):.1f}), "
+            f"dead experts {balance.dead_experts}"
+        )
+    if load.expected is not None:
+        means = load.counts.assigned_LE.sum(dim=1).double() / load.tokens
+        told = ", ".join(f"{mean:.2f} (layer {one.layer})" for one, mean in zip(balance.layers, means, strict=True))
+        lines.append(f"experts per token {told}; {load.expected:g} are expected")
+    return Text("\n".join(lines), style="bold red" if empty else "")
 
 
 def _phases(phase_seconds: Mapping[str, float]) -> Table:

@@ -43,7 +43,7 @@ def load_table(load: LoadCounts, balance: Balance, width: int) -> Group:
     table.add_column("worst", justify="right")
     table.add_column("drop", justify="right")
     for one, cell in zip(balance.layers, cells, strict=True):
-        table.add_row(str(one.layer), cell, _number(one.load_max), f"{one.drop_fraction:.1%}")
+        table.add_row(str(one.layer), cell, _number(one.load_max), _share(one.drop_fraction))
     return Group(Text(f"Expert load, layer x expert: {caption}", style="bold"), table)
 
 
@@ -79,6 +79,10 @@ def _block_caption(per_block: int) -> str:
 def _number(value: float) -> str:
     """Four characters at most."""
     return "none" if math.isnan(value) else f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
+
+
+def _share(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.1%}"
 
 
 def _style(value: float) -> Style:

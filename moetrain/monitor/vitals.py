@@ -24,7 +24,7 @@ def vitals(gauges: GaugeMeans, layers: Sequence[int], row_bytes: int) -> dict[st
     i-th eighth of the sequence, over all layers. balance/late_drop: of the last eighth minus that of the first.
     balance/received_max: rows of the busiest rank over the mean of the ranks, in the worst layer; 1 is fair.
     balance/exchange_mib_max: MiB which that rank's experts were given in the window, all layers, one way.
-    balance/router_entropy, router_confidence: means over layers; logit_max: of the worst layer.
+    balance/router_entropy, router_confidence: means over layers; logit_max, swing: of the worst layer.
     """
     choice_K, position_P = (dropped(counts.sum(axis=1)) for counts in (gauges.choice_2LK, gauges.position_2LP))
     received_LW = gauges.received_LW.astype(np.float64)
@@ -37,6 +37,7 @@ def vitals(gauges: GaugeMeans, layers: Sequence[int], row_bytes: int) -> dict[st
         "balance/router_entropy": float(gauges.entropy_L.mean()),
         "balance/router_confidence": float(gauges.confidence_L.mean()),
         "balance/logit_max": float(gauges.logit_max_L.max()),
+        "balance/swing": float(gauges.swing_L.max()),
     }
     return {name: float(value) for name, value in numbers.items()} | _by_layer(gauges, layers, received_LW)
 
@@ -62,6 +63,7 @@ def _by_layer(gauges: GaugeMeans, layers: Sequence[int], received_LW: Array) -> 
         "router_confidence": gauges.confidence_L,
         "logit_rms": gauges.logit_rms_L,
         "logit_max": gauges.logit_max_L,
+        "swing": gauges.swing_L,
         "received_max": _relative(received_LW),
     }
     return {f"moe/layer_{n:02d}/{name}": float(v[i]) for i, n in enumerate(layers) for name, v in columns.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.monitor.balance import relative_load
-from moetrain.monitor.heatmap import heatmap
+from moetrain.monitor.heatmap import DROP, LOAD, heatmap
 from moetrain.monitor.jsonl import STEP, TOKENS
 from moetrain.monitor.pace import is_spread_step
 
@@ -31,6 +32,17 @@ log = logging.getLogger(__name__)
 QUEUE_SIZE = 256
 NUM_PICTURES = 100
 POLL_S = 0.2
+TITLE_LENGTH = 63
+# Else wandb keeps back, for a minute, what has the title of an alert before; 0 would mean that minute too.
+NO_WAIT_S = 0.001
+# What a table of runs shows of a metric: by default its last value.
+SUMMARIES = {
+    "balance/load_max": "max,last",
+    "balance/effective_experts_min": "min,last",
+    "train/lm_loss": "min,last",
+    "validation/lm_loss": "min,last",
+}
+Level = Literal["INFO", "WARN", "ERROR"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,12 @@ class WandbOutcome:
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """Global assignments per expert before dropping, int64 [L, E], and the decoder layer of each row."""
+    """Global assignments per expert before and after dropping, int64 [L, E], and the decoder layer of each row."""
 
     step: int
     tokens: int
     assigned_LE: NDArray[np.int64]
+    kept_LE: NDArray[np.int64]
     layers: tuple[int, ...]
 
 
@@ -71,8 +84,15 @@ class _Scalars:
     values: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Alert:
+    title: str
+    text: str
+    level: Level
+
+
 def is_picture_step(step: int, steps: int, log_every: int) -> bool:
-    """Whether this logged step also gets histograms and the heat map: evenly spread, at most NUM_PICTURES a run
+    """Whether this logged step also gets histograms and the heat maps: evenly spread, at most NUM_PICTURES a run
     (wandb slows down beyond 1000 files a run).
     """
     return is_spread_step(step, steps, log_every, NUM_PICTURES)
@@ -83,7 +103,7 @@ class WandbLogger:
 
     def __init__(self, settings: WandbSettings) -> None:
         self._settings = settings
-        self._queue: queue.Queue[_Scalars | LayerLoad] = queue.Queue(QUEUE_SIZE)
+        self._queue: queue.Queue[_Scalars | LayerLoad | _Alert] = queue.Queue(QUEUE_SIZE)
         self._offered = 0
         self._sent = 0
         self._failure: str | None = None
@@ -92,12 +112,20 @@ class WandbLogger:
         self._thread.start()
 
     def scalars(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Log numbers after ``step`` steps and ``tokens`` tokens."""
-        self._offer(_Scalars({STEP: step, TOKENS: tokens, **metrics}))
+        """Log numbers after ``step`` steps and ``tokens`` tokens.
+
+        Those of SUMMARIES are left out where they are not finite: wandb's least and greatest would stay NaN for good.
+        """
+        told = {name: v for name, v in metrics.items() if name not in SUMMARIES or math.isfinite(v)}
+        self._offer(_Scalars({STEP: step, TOKENS: tokens, **told}))
 
     def load(self, load: LayerLoad) -> None:
-        """Log one exact histogram of expert counts a layer, and the heat map. When to: see ``is_picture_step``."""
+        """Log one exact histogram of expert counts a layer, and two heat maps. When to: see ``is_picture_step``."""
         self._offer(load)
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        """Tell people: wandb shows it and, if they asked for that, mails it. It takes 63 characters of a title."""
+        self._offer(_Alert(title[:TITLE_LENGTH], text, level))
 
     def close(self) -> WandbOutcome:
         """Send what is queued and finish the run, for at most ``finish_timeout_s``; then leave wandb to itself."""
@@ -107,7 +135,7 @@ class WandbLogger:
             self._fail("finish", TimeoutError(f"not done after {self._settings.finish_timeout_s:g} s"))
         return WandbOutcome(self._sent, self._offered - self._sent, self._failure)
 
-    def _offer(self, record: _Scalars | LayerLoad) -> None:
+    def _offer(self, record: _Scalars | LayerLoad | _Alert) -> None:
         self._offered += 1
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(record)
@@ -124,7 +152,7 @@ class WandbLogger:
             except queue.Empty:
                 continue
             try:
-                run.log(record.values if isinstance(record, _Scalars) else _media(record))
+                _send(run, record)
                 self._sent += 1
             except Exception as error:
                 self._fail("log", error)
@@ -156,6 +184,8 @@ class WandbLogger:
             settings=quiet,
         )
         run.define_metric("*", step_metric=STEP)
+        for name, summary in SUMMARIES.items():
+            run.define_metric(name, step_metric=STEP, summary=summary)
         return run
 
     def _fail(self, where: str, error: BaseException) -> None:
@@ -165,6 +195,13 @@ class WandbLogger:
             log.warning("wandb failed, training goes on without it: %s", self._failure)
 
 
+def _send(run: Any, record: _Scalars | LayerLoad | _Alert) -> None:
+    if isinstance(record, _Alert):
+        run.alert(title=record.title, text=record.text, level=record.level, wait_duration=NO_WAIT_S)
+    else:
+        run.log(record.values if isinstance(record, _Scalars) else _media(record))
+
+
 def _media(load: LayerLoad) -> dict[str, Any]:
     import wandb
 
@@ -172,6 +209,8 @@ def _media(load: LayerLoad) -> dict[str, Any]:
     edges = np.arange(load.assigned_LE.shape[1] + 1)
     for layer, counts_E in zip(load.layers, load.assigned_LE, strict=True):
         out[f"moe/layer_{layer:02d}/load_hist"] = wandb.Histogram(np_histogram=(counts_E, edges))
-    picture = heatmap(relative_load(load.assigned_LE), load.layers, f"expert load at step {load.step}")
-    out["moe/load_heatmap"] = wandb.Image(picture)
+    dropped_LE = 1.0 - load.kept_LE / np.where(load.assigned_LE == 0, np.nan, load.assigned_LE)
+    relative_LE = relative_load(load.assigned_LE)
+    out["moe/load_heatmap"] = wandb.Image(heatmap(relative_LE, load.layers, f"expert load at step {load.step}", LOAD))
+    out["moe/drop_heatmap"] = wandb.Image(heatmap(dropped_LE, load.layers, f"dropped at step {load.step}", DROP))
     return out

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moetrain.monitor.swing import Swing
 from moetrain.parallel.collectives import ProcessGroup, sum_over
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import Gauges, LoadCounts, LossTerms, ModelOutput
@@ -27,6 +28,7 @@ class GaugeMeans:
     choice_2LK, position_2LP: assignments before and after dropping, by rank of the choice and by eighth of the
     sequence. received_LW: rows that each rank's experts were given. entropy_L: of the full distribution, 1 is uniform.
     confidence_L: mean of the largest probability. logit_rms_L, logit_max_L: of the router's logits.
+    swing_L: how far an expert's load strays from its mean from step to step, in fair shares; see monitor/swing.py.
     """
 
     choice_2LK: Counts
@@ -36,6 +38,7 @@ class GaugeMeans:
     confidence_L: Array
     logit_rms_L: Array
     logit_max_L: Array
+    swing_L: Array
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Window:
         self._num = 0
         self._load: LoadCounts | None = None
         self._gauges: list[Gauges] | None = None
+        self._swing = Swing()
 
     def add(self, output: ModelOutput) -> None:
         """One micro-batch of this rank; nothing is read by the host."""
@@ -72,6 +76,7 @@ class Window:
 
     def add_load(self, load: LoadCounts, gauges: list[Gauges]) -> None:
         """The expert load of one step of this rank, and the gauges of each MoE layer."""
+        self._swing.add(load.assigned_LE)
         if self._load is None or self._gauges is None:
             self._load, self._gauges = load, gauges
             return
@@ -83,13 +88,13 @@ class Window:
         """The window over all ranks; starts a new one. Collective."""
         parts, load, gauges = [self._sums_X], self._load, self._gauges
         if load is not None and gauges:
-            parts += [load.assigned_LE, load.kept_LE, *_parts(gauges, self._mesh)]
+            parts += [load.assigned_LE, load.kept_LE, *_parts(gauges, self._swing.of_rank(), self._mesh)]
         sums_X, *rest = sum_together(parts, self._mesh.world_group)
         loss, lm, *terms = (sums_X / (self._num * self._mesh.world_size)).tolist()
         counts, means = None, None
         if rest:
             counts = LoadCounts(rest[0].to(torch.int64), rest[1].to(torch.int64))
-            means = _means(rest[2:], num_experts=rest[0].shape[1])
+            means = _means(rest[2:], rest[0].shape[1], self._mesh.world_size)
         self._clear()
         return WindowMeans(loss, lm, dict(zip(NAMES, terms, strict=True)), counts, means)
 
@@ -102,7 +107,7 @@ def sum_together(tensors: Sequence[Tensor], group: ProcessGroup | None) -> list[
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def _parts(gauges: list[Gauges], mesh: Mesh) -> list[Tensor]:
+def _parts(gauges: list[Gauges], swing_L: Tensor, mesh: Mesh) -> list[Tensor]:
     """What is summed; where each rank counts by itself, it has a column of its own."""
     choice_2LK = torch.stack([g.choice_2K for g in gauges], dim=1)
     position_2LP = torch.stack([g.position_2P for g in gauges], dim=1)
@@ -111,11 +116,11 @@ def _parts(gauges: list[Gauges], mesh: Mesh) -> list[Tensor]:
     peak_LW = received_LW.clone()
     received_LW[:, mesh.rank] = torch.stack([g.received for g in gauges]).double()
     peak_LW[:, mesh.rank] = torch.stack([g.logit_peak for g in gauges])
-    return [choice_2LK, position_2LP, torch.stack(means), received_LW, peak_LW]
+    return [choice_2LK, position_2LP, torch.stack(means), received_LW, peak_LW, swing_L]
 
 
-def _means(sums: list[Tensor], num_experts: int) -> GaugeMeans:
-    choice_2LK, position_2LP, sums_L4, received_LW, peak_LW = (tensor.numpy() for tensor in sums)
+def _means(sums: list[Tensor], num_experts: int, world_size: int) -> GaugeMeans:
+    choice_2LK, position_2LP, sums_L4, received_LW, peak_LW, swing_L = (tensor.numpy() for tensor in sums)
     tokens_L, entropy_L, confidence_L, square_L = sums_L4.T
     tokens_L = np.where(tokens_L == 0, np.nan, tokens_L)
     return GaugeMeans(
@@ -126,4 +131,5 @@ def _means(sums: list[Tensor], num_experts: int) -> GaugeMeans:
         confidence_L=confidence_L / tokens_L,
         logit_rms_L=np.sqrt(square_L / tokens_L),
         logit_max_L=peak_LW.max(axis=1),
+        swing_L=np.sqrt(swing_L / world_size),
     )

@@ -17,7 +17,8 @@ def balanced_assignment(affinity_TE: Tensor) -> Tensor:
     ``max(range / 50, 1e-4)`` at least; if it ends within ``MAX_ROUNDS``, the sum is within T times that of the maximum.
     What has no seat by then takes the best free one, those with the highest affinity first. Deterministic.
 
-    A loop on the host, which reads one flag from the device in every round; each round is vectorised over tokens.
+    A loop on the host, which reads one flag from the device before every round and nothing else: at most
+    ``MAX_ROUNDS`` flags for the auction and E for the seats after it. Each round is vectorised over tokens.
     """
     affinity_TE = affinity_TE.detach().float().nan_to_num(0.0, FINITE, -FINITE)
     num_tokens, num_experts = affinity_TE.shape
@@ -27,7 +28,8 @@ def balanced_assignment(affinity_TE: Tensor) -> Tensor:
     seats_E = _seats(affinity_TE)
     affinity_TE = affinity_TE.masked_fill(seats_E == 0, -2 * FINITE)
     bid_T, price_E = torch.zeros_like(affinity_TE[:, 0]), torch.zeros_like(affinity_TE[0])
-    step = ((affinity_TE.max() - affinity_TE[:, seats_E > 0].min()) / 50).clamp_min(1e-4)
+    lowest = affinity_TE.masked_fill(seats_E == 0, float("inf")).min()
+    step = ((affinity_TE.max() - lowest) / 50).clamp_min(1e-4)
     for _ in range(MAX_ROUNDS):
         waiting_T = expert_T == num_experts
         if not waiting_T.any():

@@ -2,7 +2,8 @@
 
 ``assignment_R`` names for each row the assignment t*K + k it carries, N where the row is empty. ``row_TK`` names for
 each assignment its row, R where it has none (it was dropped). The two are inverse to each other, so no backward needs
-an atomic scatter-add: both directions are gathers in a fixed order, hence deterministic.
+an atomic scatter-add: both directions are gathers in a fixed order, hence deterministic. Time and memory are O(R D)
+and a few numbers per assignment, also where most assignments have no row (a ragged routing has K = E).
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ class RowMap:
     @property
     def token_R(self) -> Tensor:
         return self.assignment_R // self.row_TK.shape[1]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most assignments have no row, by shape alone: a token's rows are then looked for among the rows."""
+        return self.row_TK.numel() > 2 * self.assignment_R.numel()
 
 
 def rows_of_tokens(x_TD: Tensor, rows: RowMap) -> Tensor:
@@ -58,16 +64,32 @@ def _take(x_TD: Tensor, token_R: Tensor, has_empty: bool) -> Tensor:
     return source.index_select(0, token_R)
 
 
-def _weighted_sum(y_RD: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
-    num_rows, dim = y_RD.shape
+def _weighted_sum(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+    (num_rows, dim), row_TK = y_RD.shape, rows.row_TK
     if num_rows == 0:
         return y_RD.new_zeros(row_TK.shape[0], dim)
+    if rows.is_sparse:
+        return _weighted_sum_of_few(y_RD, weight_TK, rows)
     weight_TK = weight_TK.masked_fill(row_TK >= num_rows, 0.0)
     row_TK = row_TK.clamp(max=num_rows - 1)
     if y_RD.dtype == torch.float32:
         return torch.nn.functional.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weight_TK)
     picked_TKD = y_RD.index_select(0, row_TK.reshape(-1)).view(*row_TK.shape, dim)
     return torch.einsum("tkd,tk->td", picked_TKD.float(), weight_TK).to(y_RD.dtype)
+
+
+def _weighted_sum_of_few(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+    """Rows in order of their assignments, each token's by its choices; a bag after the last token takes empty rows."""
+    num_rows = y_RD.shape[0]
+    assignment_R, order_R = rows.assignment_R.sort(stable=True)
+    weight_R = torch.cat([weight_TK.reshape(-1), weight_TK.new_zeros(1)])[assignment_R]
+    ends_T = (rows.row_TK < num_rows).sum(1).cumsum(0)
+    offsets = torch.cat([ends_T.new_zeros(1), ends_T, ends_T.new_full((1,), num_rows)])
+    bags = torch.nn.functional.embedding_bag(
+        order_R, y_RD.float(), offsets, mode="sum", per_sample_weights=weight_R.float(), include_last_offset=True
+    )
+    # a copy: autograd forbids changing in place what a Function returns as a view
+    return bags[:-1].to(y_RD.dtype, copy=True)
 
 
 class _Spread(torch.autograd.Function):
@@ -79,7 +101,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ones_TK = torch.ones(ctx.rows.row_TK.shape, device=grads[0].device)
-        return _weighted_sum(grads[0], ones_TK, ctx.rows.row_TK), None
+        return _weighted_sum(grads[0], ones_TK, ctx.rows), None
 
 
 class _Gather(torch.autograd.Function):
@@ -87,7 +109,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(y_RD, weight_TK)
         ctx.rows = rows
-        return _weighted_sum(y_RD, weight_TK, rows.row_TK)
+        return _weighted_sum(y_RD, weight_TK, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -93,6 +93,7 @@ def config_of(case: Case, router: Part) -> Config:
         "monitor": {},
         "machine": {"device": "cpu"},
         "debug": {},
+        "control": {},
         "recipe": {},
     }
     return parse(raw, world_size=1)

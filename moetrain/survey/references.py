@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.compose import option_values
+from moetrain.compose import ROUTER, option_values
 from moetrain.parity.block import transformers_version
 from moetrain.parity.case import Measured
 from moetrain.parity.cases import CASES
 from moetrain.parity.measure import measure
 from moetrain.parity.record import Record
-from moetrain.survey.catalogue import ROUTER
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,9 @@ class Reference:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The names of the classes, each once."""
-        return tuple(dict.fromkeys(one.block.rpartition(".")[2] for one in self.measured))
+        """The names of the classes, each once; first those of the model that the option is named after."""
+        ordered = sorted(self.measured, key=_strangeness)
+        return tuple(dict.fromkeys(one.block.rpartition(".")[2] for one in ordered))
 
     @property
     def output_error(self) -> float:
@@ -44,6 +44,11 @@ def by_router(measured: Iterable[Measured]) -> dict[str, Reference]:
     for one in measured:
         found.setdefault(one.router, []).append(one)
     return {name: Reference(tuple(several)) for name, several in found.items()}
+
+
+def _strangeness(one: Measured) -> int:
+    """0 for a comparison named as its option, 1 for one whose name begins so, 2 for any other."""
+    return 0 if one.name == one.router else 1 if one.name.startswith(one.router) else 2
 
 
 def measured_again() -> Record:

@@ -19,14 +19,17 @@ from moetrain.checks import traits_of
 from moetrain.monitor.origin import SECRET
 from moetrain.monitor.runfolder import read_record
 from moetrain.survey.results import Numbers, Spread, numbers_of, spread, spreads
-from moetrain.survey.runs import BalanceRule, Comparison, Contestant, Failure
+from moetrain.survey.runs import BalanceRule, Comparison, Contestant, Failure, notes_of
 
 LIMITS = """\
 - One model, one corpus, one budget, as said above. Which router is ahead here says nothing about another size, a longer
   run or other text.
 - Few seeds: differences within the spread are not differences. Look at the column that compares seed by seed.
 - Nothing was tuned for any router: learning rate, capacity and batch are the recipe's, also for methods that were
-  published dropless, and a router's own settings are those of its file.
+  published dropless (`moetrain routers` says which), and a router's own settings are those of its file. One that has
+  many more experts per token at the start than it expects (ReMoE) drops much of them under a capacity limit.
+- Under a capacity limit whose order of service is not `token_major`, later tokens can take the slots of earlier ones,
+  in evaluation too, whatever the router: validation losses peek then, where evaluation drops anything.
 - What adapts by itself (biases, thresholds, warm-ups) does so over thousands of steps; in a short run it hardly begins.
 - Equal steps and tokens are not equal arithmetic: routers differ in their experts per token.
 - Tokens/s are those of this implementation on this machine, and only if nothing else ran there."""
@@ -61,12 +64,13 @@ def entries_of(comparison: Comparison) -> list[Entry]:
         for contestant in comparison.contestants
         if numbers[contestant.router]
     ]
-    found.sort(key=lambda entry: (_warning(entry.contestant), _nan_last(entry.spreads["validation_loss"].mean)))
+    found.sort(key=lambda entry: (_warning(entry.contestant), *_order(entry.spreads["validation_loss"])))
     return [dataclasses.replace(entry, behind=_behind(entry, found[0])) for entry in found]
 
 
-def _nan_last(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss
+def _order(loss: Spread) -> tuple[int, float]:
+    """A router with a seed that trained to NaN comes after all whose seeds did not."""
+    return loss.num_missing, math.inf if math.isnan(loss.mean) else loss.mean
 
 
 def write_reports(
@@ -78,9 +82,19 @@ def write_reports(
     facts = _facts(comparison, rule, command)
     out.mkdir(parents=True, exist_ok=True)
     document = {**facts, "routers": [_json(entry) for entry in entries], "failed": [f.name for f in failures]}
-    (out / "report.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(_no_nan(document), indent=2, allow_nan=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
     (out / "report.md").write_text(_markdown(comparison, entries, failures, facts), encoding="utf-8")
     return out / "report.md"
+
+
+def _no_nan(value: Any) -> Any:
+    """null for what is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _no_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_no_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _behind(entry: Entry, best: Entry) -> Spread | None:
@@ -136,6 +150,7 @@ def _markdown(
         _setting(comparison, facts),
         "## Loss\n\n" + _loss_table(entries, facts["balance"]),
         "## Balance and speed\n\n" + _balance_table(entries),
+        *([] if not (lines := _without_numbers(entries)) else ["## Without a number\n\n" + "\n".join(lines)]),
         *([] if not failures else ["## Failed\n\n" + "\n\n".join(_failed(failure) for failure in failures)]),
         "## What this does not show\n\n" + LIMITS,
         "## Where it ran\n\n" + _origin(facts),
@@ -155,6 +170,7 @@ def _setting(comparison: Comparison, facts: dict[str, Any]) -> str:
         " order of the data and the initial weights: under one seed all routers see the same batches, and all"
         f" that is not router starts alike. {balance}"
         " Numbers are means over seeds, with the lowest and the highest in brackets."
+        + "".join(f"\n\n{note}" for note in notes_of(comparison))
     )
 
 
@@ -200,13 +216,31 @@ def _warning(contestant: Contestant) -> str:
 
 
 def _text(value: Spread, form: str) -> str:
+    if math.isnan(value.mean):
+        return "no number"
     mean = format(value.mean, form)
-    return mean if value.std is None else f"{mean} ({format(value.low, form)} .. {format(value.high, form)})"
+    text = mean if value.std is None else f"{mean} ({format(value.low, form)} .. {format(value.high, form)})"
+    return text + (f", {value.num_missing} seed(s) without" if value.num_missing else "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _without_numbers(entries: Sequence[Entry]) -> list[str]:
+    """One line for each run that trained to NaN, or had windows in which a layer got nothing to do."""
+    lines = []
+    for entry in entries:
+        for seed, numbers in sorted(entry.numbers.items()):
+            losses = {"validation": numbers.validation_loss, "train": numbers.train_loss}
+            words = [f"its {name} loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+            if numbers.no_load:
+                words.append(f"no load on some layer in {numbers.no_load} of {numbers.num_windows} windows")
+            if numbers.num_windows == 0:
+                words.append("no window in the second half of training: monitor.log_every is too large")
+            lines += [f"- `{entry.contestant.router}`, seed {seed}: {'; '.join(words)}."] if words else []
+    return lines
 
 
 def _failed(failure: Failure) -> str:

@@ -12,11 +12,11 @@ from typing import Literal
 
 from moetrain.arguments import environment_world
 from moetrain.checks import world_of
-from moetrain.compose import compose, option_values, options, quoted
+from moetrain.compose import ROUTER, about_problems, compose, option_values, options, quoted
 from moetrain.config import AboutPart, Config
 from moetrain.monitor.runfolder import RunFolder, config_hash, read_record
-from moetrain.problems import nearest
-from moetrain.survey.catalogue import ROUTER, about_of
+from moetrain.problems import nearest, unknown_option
+from moetrain.survey.catalogue import about_of, settings_of
 from moetrain.survey.results import rows_of
 from moetrain.types import ConfigError, Problem
 
@@ -146,18 +146,55 @@ def launcher(world: int, config_dir: str | None) -> Launch:
 def _names(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The routers of ``router=a,b,c``, which Hydra's grammar would take for a sweep, and all other overrides."""
     chosen = [text for text in overrides if text.startswith(f"{ROUTER}=")]
-    names = [name.strip() for text in chosen for name in text.partition("=")[2].split(",")]
-    if len(chosen) != 1 or len(names) < 2 or len(set(names)) < len(names) or not all(names):
-        value = " ".join(chosen) or None
-        fix = f"write {ROUTER}=a,b once, with routers of `moetrain routers`"
-        raise ConfigError([Problem(ROUTER, value, "a comparison needs at least two different routers", fix)])
-    return names, [text for text in overrides if text not in chosen]
+    values = [text.partition("=")[2] for text in chosen]
+    names = [name.strip() for name in values[0].split(",")] if values else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    example = f"{ROUTER}=mixtral,switch, say, with routers of `moetrain routers`"
+    if not chosen:
+        raise ConfigError([_no_names(overrides, f"add {example}")])
+    if len(chosen) > 1:
+        reason, fix = f"{ROUTER}= is there {len(chosen)} times", f"write it once: {ROUTER}={','.join(values)}"
+    elif any(sign in values[0] for sign in "[]"):
+        reason, fix = "the routers are not written as a list", f"write {ROUTER}={values[0].strip('[]')}"
+    elif not all(names):
+        kept = ",".join(filter(None, names))
+        reason, fix = "there is no name between two commas or at an end", f"write {ROUTER}={kept or 'mixtral,switch'}"
+    elif twice:
+        reason, fix = f"{', '.join(twice)} is there more than once", f"write {ROUTER}={','.join(dict.fromkeys(names))}"
+    elif len(names) < 2:
+        reason, fix = "a comparison needs at least two different routers", f"write {example}"
+    else:
+        return names, [text for text in overrides if text not in chosen]
+    raise ConfigError([Problem(ROUTER, " ".join([values[0], *chosen[1:]]), reason, fix)])
+
+
+def _no_names(overrides: Sequence[str], fix: str) -> Problem:
+    """Nothing was named, or under a misspelt key."""
+    for key, equals, value in [text.partition("=") for text in overrides]:
+        if equals and key not in Config.__dataclass_fields__ and nearest(key, [ROUTER]):
+            return Problem(key, value, f"there is no section {key!r}; nearest is {ROUTER}", f"write {ROUTER}={value}")
+    return Problem(ROUTER, None, "a comparison needs at least two different routers", fix)
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """Which contestants are the same router by class and settings, so that their runs can differ by little."""
+    found: dict[str, list[Contestant]] = {}
+    for contestant in comparison.contestants:
+        settings = settings_of(contestant.config.router, contestant.config.machine.allow_modules)
+        found.setdefault(repr(settings), []).append(contestant)
+    notes = []
+    for same in [several for several in found.values() if len(several) > 1]:
+        alike = all(contestant.config.balance == same[0].config.balance for contestant in same)
+        what = "balance is the same too, so are their runs" if alike else "their runs differ in balance only"
+        names = " and ".join(contestant.router for contestant in same)
+        notes.append(f"Note: {names} are one class with the same settings; {what}.")
+    return notes
 
 
 def _contestants(names: Sequence[str], shared: Sequence[str], asked: Asked) -> tuple[list[Contestant], list[Problem]]:
     known = options(ROUTER, asked.config_dir)
     contestants: list[Contestant] = []
-    problems = [_unknown(name, known) for name in names if name not in known]
+    problems = [unknown_option(ROUTER, name, known) for name in names if name not in known]
     found: dict[str, tuple[Problem, list[str]]] = {}  # by its words: a value need not be hashable
     composed = [name for name in names if name in known]
     values = option_values(ROUTER, composed, asked.config_dir)
@@ -167,6 +204,9 @@ def _contestants(names: Sequence[str], shared: Sequence[str], asked: Asked) -> t
             fix = "add `_about_: {paper: ..., balance: ...}` to it, or compare with --balance same"
             problems.append(Problem(ROUTER, name, "its file does not say what it was published with", fix))
             continue
+        if wrong := about_problems(ROUTER, values[name], asked.config_dir):
+            problems += wrong
+            continue
         balance = [f"balance={about.balance}"] if about is not None and asked.balance == "published" else []
         overrides = (*shared, f"{ROUTER}={name}", *balance)
         try:
@@ -175,12 +215,6 @@ def _contestants(names: Sequence[str], shared: Sequence[str], asked: Asked) -> t
             for problem in error.problems:
                 found.setdefault(str(problem), (problem, []))[1].append(name)
     return contestants, problems + [_whose(problem, who, len(composed)) for problem, who in found.values()]
-
-
-def _unknown(name: str, known: Sequence[str]) -> Problem:
-    near = nearest(name, known)
-    suffix = f"; nearest is {near}" if near else ""
-    return Problem(ROUTER, name, "there is no such option of group 'router'", f"see moetrain routers{suffix}")
 
 
 def _whose(problem: Problem, routers: Sequence[str], num_routers: int) -> Problem:

@@ -31,22 +31,21 @@ class StepSeen:
     def counts_E(self) -> Tensor:
         return self.counts_LE[self.layer]
 
-    @property
-    def mean_S(self) -> Tensor:
-        """The mean statistics of this layer."""
-        return self.statistics_LS[self.layer] / self.num
-
 
 class Router(nn.Module, ABC):
     """A subclass takes ``site`` and its own parameters, all keyword-only, and tells its ``traits`` for them.
 
     It may have a static ``problems(*, num_experts, **own) -> list[Problem]`` that says which settings cannot work.
+    ``traits`` and ``problems`` get every own parameter, the defaults of ``__init__`` filled in: they name those that
+    they look at, without defaults, and take the others as ``**_``.
     State that is not trained by the gradient (a bias, a threshold) lives in persistent fp32 buffers and moves in
     ``adjust`` only. Forward never changes state: recompute runs it twice, evaluation must leave no trace.
     """
 
     traits: Callable[..., RouterTraits]
     """Static: ``traits(*, num_experts, **own)``, what the router is like with these settings."""
+    bias_rate = 0.0
+    """How far ``adjust`` moves the bias, of those that have one; may be set between steps."""
 
     def __init__(self, site: RouterSite) -> None:
         super().__init__()

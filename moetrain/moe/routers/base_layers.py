@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -19,10 +21,12 @@ GAIN = 0.1
 class BaseLayersRouter(Router):
     """One expert a token: by ``balanced_assignment`` of this rank's micro-batch in training, the nearest in evaluation.
 
-    Affinities are ``x . c_e``, the centroids c orthogonal with gain 0.1 at the start. The output is
-    ``sigmoid(x . c_e) FFN_e(x) + (1 - sigmoid(x . c_e)) x``, x being what the layer is given, normalised (the paper's
-    experts normalise for themselves). Every rank assigns its own tokens, they are not shuffled between ranks first.
-    The assignment depends on later tokens, hence in training only; it is made by a loop on the host.
+    Affinities are ``x . c_e``, the centroids c orthogonal with gain 0.1 at the start; what is added to the residual is
+    ``sigmoid(x . c_e) FFN_e(x)``. The published code mixes, by that sigmoid, the token h with an expert that is a
+    residual block, h + FFN_e(norm(h)): the parts of h sum to h, which leaves the same. Here x is norm(h), by the norm
+    before the layer, which all experts share; there the experts have their own, and affinities are those of h. Every
+    rank assigns its own tokens, they are not shuffled between ranks first. The assignment depends on later tokens,
+    hence in training only; it is made by a loop on the host.
     """
 
     def __init__(self, *, site: RouterSite) -> None:
@@ -30,7 +34,7 @@ class BaseLayersRouter(Router):
         self.centroids = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
 
     @staticmethod
-    def traits(*, num_experts: int) -> RouterTraits:
+    def traits(**_: Any) -> RouterTraits:
         return RouterTraits(experts_per_token=1, causal_train=False, balance="assignment", even=True)
 
     def init_weights(self, draw: Draw, std: float) -> None:
@@ -44,8 +48,7 @@ class BaseLayersRouter(Router):
         logits_TE = linear(given.x_TD.float(), self.centroids.float())
         expert_TK = replay.once("expert", lambda: self._choose(logits_TE))
         weight_TK = logits_TE.gather(1, expert_TK).sigmoid()
-        identity_T = 1.0 - weight_TK.squeeze(1)
-        return Routing(logits_TE, logits_TE.softmax(-1), expert_TK, weight_TK, identity_T=identity_T)
+        return Routing(logits_TE, logits_TE.softmax(-1), expert_TK, weight_TK)
 
     def _choose(self, logits_TE: Tensor) -> Tensor:
         return balanced_assignment(logits_TE).unsqueeze(1) if self.training else best_experts(logits_TE, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,31 +43,23 @@ class CosineRouter(Router):
         self.log_scale = nn.Parameter(torch.empty(1, device=site.device))
 
     @staticmethod
-    def traits(
-        *,
-        num_experts: int,
-        top_k: int = 2,
-        projection_dim: int = 256,
-        temperature: float = 0.5,
-        weights: str = "scores",
-    ) -> RouterTraits:
-        return RouterTraits(experts_per_token=top_k)
+    def traits(*, top_k: int, **_: Any) -> RouterTraits:
+        return RouterTraits(experts_per_token=top_k, per_expert=("embedding",))
 
     @staticmethod
-    def problems(
-        *,
-        num_experts: int,
-        top_k: int = 2,
-        projection_dim: int = 256,
-        temperature: float = 0.5,
-        weights: str = "scores",
-    ) -> list[Problem]:
+    def problems(*, top_k: int, projection_dim: int, temperature: float, weights: str, **_: Any) -> list[Problem]:
         problems = []
         if projection_dim < 1:
             reason = "there is no sphere of no dimension"
             problems.append(Problem("router.projection_dim", projection_dim, reason, "set router.projection_dim=256"))
-        if temperature <= 1 / MAX_SCALE:
-            reason = f"the scale 1 / temperature is held below {MAX_SCALE:g}, where it would get no gradient"
+        if temperature <= 0:
+            reason = "logits are divided by it, so it must be greater than 0"
+            problems.append(Problem("router.temperature", temperature, reason, "set router.temperature=0.5"))
+        elif temperature <= 1 / MAX_SCALE:
+            reason = (
+                f"must be greater than {1 / MAX_SCALE:g}: the scale 1 / temperature is held at {MAX_SCALE:g} at most,"
+                " where it would get no gradient"
+            )
             problems.append(Problem("router.temperature", temperature, reason, "set router.temperature=0.5"))
         if top_k == 1 and weights == "chosen_softmax":
             reason = "softmax over one chosen logit is always 1, so the router would get no gradient from the model"

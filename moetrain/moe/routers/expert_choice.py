@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.base import Router
+from moetrain.moe.routers.gated import GatedRouter
 from moetrain.moe.routers.ragged import ragged_routing
-from moetrain.ops.init import Draw
 from moetrain.types import Problem, RouterInput, RouterSite, RouterTraits, Routing
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(GatedRouter):
     """Each expert takes the ``n * experts_per_token / E`` tokens of n that have the highest probability for it.
 
     The n tokens are each sequence (``over=sequence``) or this rank's micro-batch (``micro_batch``); the number is
@@ -33,26 +31,22 @@ class ExpertChoiceRouter(Router):
     ) -> None:
         super().__init__(site)
         self.experts_per_token, self.over = experts_per_token, over
-        self.gate = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
 
     @staticmethod
-    def traits(*, num_experts: int, experts_per_token: float = 2.0, over: str = "sequence") -> RouterTraits:
+    def traits(*, experts_per_token: float, **_: Any) -> RouterTraits:
         return RouterTraits(
             experts_per_token, causal_train=False, causal_eval=False, ragged=True, balance="experts choose", even=True
         )
 
     @staticmethod
-    def problems(*, num_experts: int, experts_per_token: float = 2.0, over: str = "sequence") -> list[Problem]:
+    def problems(*, num_experts: int, experts_per_token: float, **_: Any) -> list[Problem]:
         if 0 < experts_per_token <= num_experts:
             return []
         reason = f"a token is taken by more than none and at most all of {num_experts} experts, in the mean"
         return [Problem("router.experts_per_token", experts_per_token, reason, "set router.experts_per_token=2.0")]
 
-    def init_weights(self, draw: Draw, std: float) -> None:
-        draw.normal_(self.gate, "gate", std)
-
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
-        logits_TE = linear(given.x_TD.float(), self.gate.float())
+        logits_TE = self.logits(given.x_TD)
         probs_TE = logits_TE.softmax(-1)
         num_tokens, num_sequences = probs_TE.shape[0], given.tokens_BS.shape[0]
         pool = num_tokens // max(num_sequences, 1) if self.over == "sequence" else num_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,31 +46,21 @@ class HashRouter(Router):
             self.gate = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
 
     @staticmethod
-    def traits(
-        *,
-        num_experts: int,
-        top_k: int = 1,
-        assignment: str = "random",
-        weights: str = "one",
-        renormalise: str = "none",
-        scale: float = 1.0,
-    ) -> RouterTraits:
+    def traits(*, top_k: int, **_: Any) -> RouterTraits:
         return RouterTraits(experts_per_token=top_k, needs_tokens=True, balance="hash")
 
     @staticmethod
-    def problems(
-        *,
-        num_experts: int,
-        top_k: int = 1,
-        assignment: str = "random",
-        weights: str = "one",
-        renormalise: str = "none",
-        scale: float = 1.0,
-    ) -> list[Problem]:
+    def problems(*, top_k: int, weights: str, renormalise: str, scale: float, **_: Any) -> list[Problem]:
         problems = []
-        if scale <= 0:
+        if scale <= 0 and weights != "one":
             reason = "weights must be more than nothing"
             problems.append(Problem("router.scale", scale, reason, "set router.scale=1.0"))
+        own = {"renormalise": (renormalise, "none"), "scale": (scale, 1.0)}
+        for name, (value, usual) in own.items() if weights == "one" else ():
+            if value != usual:
+                reason = "has no part in router.weights=one: each weight is 1"
+                fix = f"set router.{name}={usual}, or router.weights=softmax"
+                problems.append(Problem(f"router.{name}", value, reason, fix))
         if top_k == 1 and weights != "one" and renormalise == "sum":
             reason = "one weight divided by itself is always 1, so the logits would get no gradient from the model"
             fix = "set router.renormalise=none, or router.weights=one"
@@ -99,7 +89,7 @@ class HashRouter(Router):
         else:
             logits_TE = linear(given.x_TD.float(), self.gate.float())
             score_TE = scores(logits_TE, self.weights)
-            probs_TE = probabilities(score_TE)
+            probs_TE = probabilities(score_TE, self.weights)
         weight_TK = score_TE.gather(1, expert_TK)
         if self.renormalise == "sum":
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + EPSILON)

@@ -67,8 +67,10 @@ def scores(logits_TE: Tensor, score: Score) -> Tensor:
     return softplus(logits_TE.clamp(min=-80.0)).sqrt()
 
 
-def probabilities(score_TE: Tensor) -> Tensor:
-    """Scores as shares of their row, what the balance loss looks at; those of a softmax stay what they are."""
+def probabilities(score_TE: Tensor, score: Score) -> Tensor:
+    """Scores as shares of their row, what the balance loss looks at; those of a softmax are that, and not divided."""
+    if score == "softmax":
+        return score_TE
     return score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
 
 
@@ -107,9 +109,18 @@ def renormalised(weight_TK: Tensor, settings: Settings) -> Tensor:
     """Weights divided by their sum, or by their p-norm, plus ``renorm_eps`` and then at least ``renorm_min``."""
     if settings.renormalise == "none":
         return weight_TK
-    p = 1.0 if settings.renormalise == "sum" else settings.renorm_p
-    size_T1 = torch.linalg.vector_norm(weight_TK, ord=p, dim=-1, keepdim=True)
+    size_T1 = p_norm(weight_TK, 1.0 if settings.renormalise == "sum" else settings.renorm_p)
     return weight_TK / (size_T1 + settings.renorm_eps).clamp_min(settings.renorm_min)
+
+
+def p_norm(weight_TK: Tensor, p: float) -> Tensor:
+    """Of each row, [T, 1]. Powers are taken of weights divided by the largest, so that a large p underflows none of
+    them to a row of zeros. Any factor taken out of a norm, as a constant too, leaves its value and gradient.
+    """
+    if p == 1.0:
+        return torch.linalg.vector_norm(weight_TK, ord=1.0, dim=-1, keepdim=True)
+    most_T1 = weight_TK.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)
+    return most_T1 * torch.linalg.vector_norm(weight_TK / most_T1, ord=p, dim=-1, keepdim=True)
 
 
 def second_used(weight_TK: Tensor) -> Tensor:

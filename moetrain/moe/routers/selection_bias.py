@@ -21,7 +21,11 @@ def moved_by_sign(bias_E: Tensor, counts_E: Tensor, target: Tensor, rate: float,
 
 
 def moved_in_proportion(bias_E: Tensor, counts_E: Tensor, target: Tensor, rate: float, centred: bool) -> Tensor:
-    """As by sign, but by ``rate`` times the lack of load relative to ``target``; no load at all moves nothing."""
+    """As by sign, but by ``rate`` times the lack of load relative to ``target``; no load at all moves nothing.
+
+    LongCat-Flash writes ``mu * (K_e / (K N) - c / (K T))``, K_e = K N / (N + Z) of a token's K choices being real. Its
+    target is c = K T / (N + Z), as ours, and its step is ours at ``rate = mu / (N + Z)``.
+    """
     lack_E = (target - counts_E.double()) / target.clamp_min(1.0)
     return bias_E + rate * _centred(lack_E, centred).float()
 
@@ -31,6 +35,8 @@ def quantile_of(selection_TE: Tensor, biased_TE: Tensor, top_k: int) -> Tensor:
 
     With alpha_t, the first value that token t did not choose, the (kT/E + 1)-th largest of s_e - alpha is the offset
     that lets kT/E tokens prefer expert e; the bias is its negative. Where kT/E is no whole number it is rounded down.
+    A quantile of a micro-batch is not one of the whole batch, and their mean depends on how it is cut: on the layout
+    and on accumulation.
     """
     selection_TE = selection_TE.detach()
     num_tokens, num_experts = selection_TE.shape

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.base import Router
+from moetrain.moe.routers.gated import GatedRouter
 from moetrain.moe.routers.scoring import best_experts
-from moetrain.ops.init import Draw
 from moetrain.types import Problem, RouterInput, RouterSite, RouterTraits, Routing
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(GatedRouter):
     """In training the k largest entries of a token's row of the plan win, in evaluation its k largest logits.
 
     The plan is over this rank's micro-batch, so that in training a choice depends on later tokens; in evaluation it
@@ -27,24 +25,20 @@ class SinkhornRouter(Router):
     def __init__(self, *, site: RouterSite, top_k: int = 1, iterations: int = 20) -> None:
         super().__init__(site)
         self.top_k, self.iterations = top_k, iterations
-        self.gate = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
 
     @staticmethod
-    def traits(*, num_experts: int, top_k: int = 1, iterations: int = 20) -> RouterTraits:
-        return RouterTraits(experts_per_token=top_k, causal_train=False, balance="sinkhorn")
+    def traits(*, top_k: int, **_: Any) -> RouterTraits:
+        return RouterTraits(experts_per_token=top_k, causal_train=False, balance="sinkhorn", per_expert=("gate",))
 
     @staticmethod
-    def problems(*, num_experts: int, top_k: int = 1, iterations: int = 20) -> list[Problem]:
+    def problems(*, iterations: int, **_: Any) -> list[Problem]:
         if iterations >= 1:
             return []
         reason = "without an iteration there is no plan"
         return [Problem("router.iterations", iterations, reason, "set router.iterations=20")]
 
-    def init_weights(self, draw: Draw, std: float) -> None:
-        draw.normal_(self.gate, "gate", std)
-
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
-        logits_TE = linear(given.x_TD.float(), self.gate.float())
+        logits_TE = self.logits(given.x_TD)
         expert_TK = replay.once("expert", lambda: self._choose(logits_TE.detach()))
         probs_TE = logits_TE.softmax(-1)
         activation_TE = logits_TE.sigmoid() if self.top_k == 1 else probs_TE

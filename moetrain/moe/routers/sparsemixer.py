@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
+from moetrain.moe.noise import gumbel_like
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.base import Router
+from moetrain.moe.routers.gated import GatedRouter
 from moetrain.moe.routers.scoring import best_experts
-from moetrain.ops.init import Draw
 from moetrain.types import Problem, RouterInput, RouterSite, RouterTraits, Routing
 
 
@@ -23,27 +23,26 @@ class Picked:
     weight_T1: Tensor
 
 
-class SparseMixerRouter(Router):
+class SparseMixerRouter(GatedRouter):
     """Two rounds. Each leaves out the experts j with ``(best - l_j) / max(|l_j|, best) > 2 * epsilon`` and draws one of
     the rest by their softmax (the best one in evaluation); the second round goes without the first one's expert.
 
     The weight is that softmax at the expert, so that the two weights sum to anything up to 2; they are not normalised.
-    In training a draw that is not the best one has a third of it in one case out of four, and otherwise, like the best,
-    all of it: Heun's third-order rule. Its gradient goes by the whole, ``weight * (onehot - softmax)`` times the
-    gradient of the output. This is what Phi-3.5-MoE's published code computes; the paper has ``|l_j| + |best|``.
+    In training a draw that is not the best one has, like the best, all of it in one case out of four, and a third of it
+    in the other three: Heun's third-order rule. Its gradient goes by the whole, ``weight * (onehot - softmax)`` times
+    the gradient of the output. This is what Phi-3.5-MoE's published code computes; the paper has ``|l_j| + |best|``.
     """
 
     def __init__(self, *, site: RouterSite, epsilon: float = 0.01) -> None:
         super().__init__(site)
         self.epsilon = epsilon
-        self.gate = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
 
     @staticmethod
-    def traits(*, num_experts: int, epsilon: float = 0.01) -> RouterTraits:
-        return RouterTraits(experts_per_token=2, noise="sampling")
+    def traits(**_: Any) -> RouterTraits:
+        return RouterTraits(experts_per_token=2, noise="sampling", per_expert=("gate",))
 
     @staticmethod
-    def problems(*, num_experts: int, epsilon: float = 0.01) -> list[Problem]:
+    def problems(*, num_experts: int, epsilon: float) -> list[Problem]:
         problems = []
         if num_experts < 2:
             reason = "the router picks two different experts"
@@ -53,11 +52,8 @@ class SparseMixerRouter(Router):
             problems.append(Problem("router.epsilon", epsilon, reason, "set router.epsilon=0.01"))
         return problems
 
-    def init_weights(self, draw: Draw, std: float) -> None:
-        draw.normal_(self.gate, "gate", std)
-
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
-        logits_TE = linear(given.x_TD.float(), self.gate.float())
+        logits_TE = self.logits(given.x_TD)
         first = self._round("first", logits_TE, torch.ones_like(logits_TE, dtype=torch.bool), replay)
         others_TE = torch.ones_like(logits_TE, dtype=torch.bool).scatter(1, first.expert_T1, False)
         second = self._round("second", logits_TE, others_TE, replay)
@@ -88,8 +84,7 @@ def near_the_best(logits_TE: Tensor, open_TE: Tensor, epsilon: float) -> Tensor:
 
 def _sample(near_logits_TE: Tensor, near_TE: Tensor) -> Tensor:
     """A draw from the softmax, by Gumbel noise, int64 [T, 1]."""
-    gumbel_TE = -torch.empty_like(near_logits_TE).exponential_().log()
-    return best_experts((near_logits_TE + gumbel_TE).masked_fill(~near_TE, float("-inf")), 1)
+    return best_experts((near_logits_TE + gumbel_like(near_logits_TE)).masked_fill(~near_TE, float("-inf")), 1)
 
 
 def _counts_whole(near_logits_TE: Tensor, expert_T1: Tensor) -> Tensor:

@@ -9,21 +9,20 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from moetrain.moe.noise import Noise, NoiseKind
 from moetrain.moe.replay import Replay
 from moetrain.moe.routers import scoring
-from moetrain.moe.routers.base import Router, StepSeen
+from moetrain.moe.routers.base import StepSeen
+from moetrain.moe.routers.gated import GatedRouter
 from moetrain.moe.routers.scoring import Bias, GroupScore, Renormalise, Score, Select, Settings, Weights, best_experts
 from moetrain.moe.routers.selection_bias import moved_by_sign, moved_in_proportion, moved_to_quantile, quantile_of
 from moetrain.moe.routers.token_choice_problems import settings_problems
-from moetrain.ops.init import Draw
 from moetrain.types import Problem, RouterInput, RouterSite, RouterTraits, Routing
 
 
-class TokenChoiceRouter(Router):
+class TokenChoiceRouter(GatedRouter):
     """Logits ``softcap(logit_scale * (x W^T + gate_bias))`` in fp32; the k best win, ties go to the lower expert id.
 
     score: of the logits, over all experts. select: what the k best are best in; ``bias_E`` is added to it and to
@@ -32,7 +31,9 @@ class TokenChoiceRouter(Router):
     bias: ``frozen`` stays what was loaded; ``sign``, ``proportional`` and ``quantile`` move by the load of each step
     (see selection_bias.py), by ``bias_rate``, which for quantile is the share of the new in the running mean.
     num_groups, top_groups: experts outside of a token's best groups can't be chosen. zero_experts: so many experts
-    more, which give the token back; their bias stays 0. second: ``random`` drops GShard's second expert by its weight.
+    more, which give the token back; their bias stays 0, and what the losses and the log look at, logits and
+    probabilities, are those of the real experts among themselves. second: ``random`` drops GShard's second expert by
+    its weight.
     noise, in training only: see moetrain.moe.noise; noise_steps: how long its warm-up lasts.
     """
 
@@ -65,7 +66,8 @@ class TokenChoiceRouter(Router):
         noise_scale: float = 0.01,
         noise_steps: int = 0,
     ) -> None:
-        super().__init__(site)
+        num_logits = site.num_experts + zero_experts
+        super().__init__(site, num_logits, logit_bias)
         self.settings = Settings(
             top_k=top_k,
             score=score,
@@ -92,16 +94,14 @@ class TokenChoiceRouter(Router):
             noise_scale=noise_scale,
             noise_steps=noise_steps,
         )
-        num_logits = site.num_experts + zero_experts
-        self.gate = nn.Parameter(torch.empty(num_logits, site.dim, device=site.device))
-        self.gate_bias = nn.Parameter(torch.zeros(num_logits, device=site.device)) if logit_bias else None
+        self.bias_rate = bias_rate
         self.noise = Noise(noise, noise_scale, noise_steps, site, num_logits)
         zeros_E = torch.zeros(site.num_experts, dtype=torch.float32, device=site.device)
         self.register_buffer("bias_E", None if bias == "none" else zeros_E)
 
     @staticmethod
     def traits(*, num_experts: int, **own: Any) -> RouterTraits:
-        settings = _with_defaults(own)
+        settings = Settings(**own)
         real = num_experts / (num_experts + settings.zero_experts)
         noises: list[str] = [settings.noise] if settings.noise != "none" else []
         noises += ["random second"] if settings.second == "random" else []
@@ -110,15 +110,14 @@ class TokenChoiceRouter(Router):
             ragged=settings.zero_experts > 0,
             noise=", ".join(noises) or "none",
             balance="none" if settings.bias == "none" else f"{settings.bias} bias",
+            moves_bias=settings.bias not in ("none", "frozen"),
+            per_expert=("gate", "gate_bias", "bias_E", "noise.gate"),
         )
 
     @staticmethod
     def problems(*, num_experts: int, **own: Any) -> list[Problem]:
         """Settings that would teach the router nothing, or that contradict each other."""
-        return settings_problems(num_experts, _with_defaults(own))
-
-    def init_weights(self, draw: Draw, std: float) -> None:
-        draw.normal_(self.gate, "gate", std)
+        return settings_problems(num_experts, Settings(**own))
 
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
         settings = self.settings
@@ -126,7 +125,6 @@ class TokenChoiceRouter(Router):
         clean_TA = self._logits(x_TD)
         logits_TA = self.noise.logits(clean_TA, x_TD)
         score_TA = scoring.scores(logits_TA, settings.score)
-        probs_TA = scoring.probabilities(score_TA)
         selection_TA = (score_TA if settings.select == "scores" else logits_TA).detach()
         biased_TA = self._biased(selection_TA)
         if self.training and self._num_statistics:
@@ -140,7 +138,7 @@ class TokenChoiceRouter(Router):
             used_TK = replay.once("second", lambda: scoring.second_used(weight_TK))
             weight_TK = weight_TK.masked_fill(~used_TK, 0.0)
         num_experts = self.site.num_experts
-        logits_TE, probs_TE = logits_TA[:, :num_experts], probs_TA[:, :num_experts]
+        logits_TE, probs_TE = logits_TA[:, :num_experts], self._probabilities(logits_TA, score_TA)
         if settings.zero_experts == 0:
             return Routing(logits_TE, probs_TE, chosen_TK, weight_TK, weight_on=settings.weight_on)
         best_TK = replay.once("real", lambda: best_experts(allowed_TA[:, :num_experts], settings.top_k))
@@ -161,19 +159,24 @@ class TokenChoiceRouter(Router):
             return
         bias_E, rest_S = self.bias_E, own_S[self.noise.num_statistics :]
         if settings.bias == "quantile":
-            bias_E.copy_(moved_to_quantile(bias_E, rest_S / seen.num, settings.bias_rate))
+            bias_E.copy_(moved_to_quantile(bias_E, rest_S / seen.num, self.bias_rate))
             return
         target = seen.counts_E.double().mean()
         if settings.zero_experts:
             target = rest_S[0] * settings.top_k / (self.site.num_experts + settings.zero_experts)
         move = moved_by_sign if settings.bias == "sign" else moved_in_proportion
-        bias_E.copy_(move(bias_E, seen.counts_E, target, settings.bias_rate, settings.bias_centred))
+        bias_E.copy_(move(bias_E, seen.counts_E, target, self.bias_rate, settings.bias_centred))
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         """fp32 [T, A], A = E and the zero experts, without noise on them."""
-        bias_A = None if self.gate_bias is None else self.gate_bias.float()
-        logits_TA = linear(x_TD, self.gate.float(), bias_A) * self.settings.logit_scale
-        return scoring.softcapped(logits_TA, self.settings.logit_softcap)
+        return scoring.softcapped(self.logits(x_TD) * self.settings.logit_scale, self.settings.logit_softcap)
+
+    def _probabilities(self, logits_TA: Tensor, score_TA: Tensor) -> Tensor:
+        """Of the real experts alone, fp32 [T, E], rows summing to 1."""
+        settings, num_experts = self.settings, self.site.num_experts
+        if settings.zero_experts and settings.score == "softmax":
+            return logits_TA[:, :num_experts].softmax(-1)
+        return scoring.probabilities(score_TA[:, :num_experts], settings.score)
 
     def _biased(self, selection_TA: Tensor) -> Tensor:
         if self.bias_E is None:
@@ -203,8 +206,3 @@ class TokenChoiceRouter(Router):
         elif self._num_statistics > self.noise.num_statistics:
             parts.append(selection_TA.new_full((1,), selection_TA.shape[0]))
         return torch.cat(parts)
-
-
-def _with_defaults(own: dict[str, Any]) -> Settings:
-    """The defaults stand in one place, the signature of the router."""
-    return Settings(**((TokenChoiceRouter.__init__.__kwdefaults__ or {}) | own))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from moetrain.moe.noise import Noise
 from moetrain.moe.routers.scoring import Settings
+from moetrain.problems import typed
 from moetrain.types import Problem
+
+GROUP_SCORE, BIAS_RATE, BIAS_CENTRED = "max", 1e-3, True
+"""The defaults of ``TokenChoiceRouter``: what a key may be although it plays no part."""
 
 
 def settings_problems(num_experts: int, settings: Settings) -> list[Problem]:
@@ -68,11 +72,14 @@ def _number_problems(settings: Settings) -> list[Problem]:
 
 
 def _group_problems(num_experts: int, settings: Settings) -> list[Problem]:
-    groups, top_groups = settings.num_groups, settings.top_groups
+    groups, top_groups, by = settings.num_groups, settings.top_groups, settings.group_score
     if groups < 1 or num_experts % groups:
         divisors = " | ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
         reason = f"must divide experts.num_experts = {num_experts} into equal groups"
         return [Problem("router.num_groups", groups, reason, f"set router.num_groups={divisors}")]
+    if groups == 1 and top_groups > 1:
+        fix = f"set router.num_groups={_split(num_experts, top_groups)} too, say, or router.top_groups=1"
+        return [Problem("router.top_groups", top_groups, "router.num_groups = 1, so there is one group", fix)]
     if not 1 <= top_groups <= groups:
         reason = f"a token keeps at least one of router.num_groups = {groups} groups and at most all"
         return [Problem("router.top_groups", top_groups, reason, f"set router.top_groups=1 to {groups}")]
@@ -82,18 +89,40 @@ def _group_problems(num_experts: int, settings: Settings) -> list[Problem]:
         enough = -(-settings.top_k // size)
         reason = f"{top_groups * size} experts are left for a token that chooses router.top_k = {settings.top_k}"
         problems.append(Problem("router.top_groups", top_groups, reason, f"set router.top_groups={enough} or more"))
-    if settings.group_score == "top2_sum" and size < 2 and groups > 1:
+    if by != GROUP_SCORE and groups == top_groups:
+        reason = f"has no part in it, since a token keeps all router.num_groups = {groups}"
+        problems.append(Problem("router.group_score", by, reason, f"set router.group_score={GROUP_SCORE}"))
+    elif by == "top2_sum" and size < 2:
         reason = "needs two experts in a group, and groups have one"
-        problems.append(Problem("router.group_score", "top2_sum", reason, "set router.group_score=max"))
+        problems.append(Problem("router.group_score", by, reason, "set router.group_score=max"))
+    if by == "max" and settings.top_k <= top_groups < groups:
+        reason = f"limits nothing: the best router.top_k = {settings.top_k} experts lie in the {top_groups} best groups"
+        most = settings.top_k - 1
+        fewer = f"router.top_groups={most}{' or less' if most > 1 else ''}, " if most else ""
+        fix = f"set {fewer}router.top_k={top_groups + 1} or more, or router.group_score=top2_sum"
+        problems.append(Problem("router.top_groups", top_groups, reason, fix))
     return problems
 
 
+def _split(num_experts: int, top_groups: int) -> int:
+    """The smallest number of equal groups of which ``top_groups`` are not all; all experts if there is none."""
+    return next((n for n in range(top_groups + 1, num_experts + 1) if num_experts % n == 0), num_experts)
+
+
 def _bias_problems(num_experts: int, settings: Settings) -> list[Problem]:
-    bias, rate, problems = settings.bias, settings.bias_rate, []
+    bias, rate, centred = settings.bias, settings.bias_rate, settings.bias_centred
+    problems: list[Problem] = []
     highest = 1.0 if bias == "quantile" else float("inf")
     if bias not in ("none", "frozen") and not 0 < rate <= highest:
         allowed = "must be greater than 0" + (" and at most 1: it is a share" if bias == "quantile" else "")
-        problems.append(Problem("router.bias_rate", rate, allowed, "set router.bias_rate=0.001, say"))
+        usual = 0.1 if bias == "quantile" else 0.001
+        problems.append(Problem("router.bias_rate", rate, allowed, f"set router.bias_rate={usual}, say"))
+    if bias in ("none", "frozen"):
+        problems += [
+            Problem(f"router.{name}", value, f"has no part in router.bias={bias}", f"set router.{name}={typed(usual)}")
+            for name, value, usual in (("bias_rate", rate, BIAS_RATE), ("bias_centred", centred, BIAS_CENTRED))
+            if value != usual
+        ]
     if bias != "quantile":
         return problems
     reason = ""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.base import Router
+from moetrain.moe.routers.gated import GatedRouter
 from moetrain.moe.routers.scoring import best_experts
-from moetrain.ops.init import Draw
 from moetrain.types import Problem, RouterInput, RouterSite, RouterTraits, Routing
 
 
-class TopPRouter(Router):
+class TopPRouter(GatedRouter):
     """A token goes to its most probable experts, the fewest whose probabilities sum to ``threshold`` or more.
 
     ``max_experts`` of them at most (null: all). Weights are the probabilities, not normalised anew. The own loss is
@@ -35,19 +33,14 @@ class TopPRouter(Router):
         super().__init__(site)
         self.threshold, self.entropy_coef = threshold, entropy_coef
         self.max_experts = max_experts or site.num_experts
-        self.gate = nn.Parameter(torch.empty(site.num_experts, site.dim, device=site.device))
 
     @staticmethod
-    def traits(
-        *, num_experts: int, threshold: float = 0.4, max_experts: int | None = None, entropy_coef: float = 1e-4
-    ) -> RouterTraits:
+    def traits(*, num_experts: int, threshold: float, max_experts: int | None, **_: Any) -> RouterTraits:
         expected = min(math.ceil(threshold * num_experts), max_experts or num_experts)
-        return RouterTraits(experts_per_token=expected, ragged=True)
+        return RouterTraits(experts_per_token=expected, ragged=True, per_expert=("gate",))
 
     @staticmethod
-    def problems(
-        *, num_experts: int, threshold: float = 0.4, max_experts: int | None = None, entropy_coef: float = 1e-4
-    ) -> list[Problem]:
+    def problems(*, num_experts: int, threshold: float, max_experts: int | None, entropy_coef: float) -> list[Problem]:
         problems = []
         if not 0 < threshold <= 1:
             reason = "probabilities sum to something in (0, 1]"
@@ -61,11 +54,8 @@ class TopPRouter(Router):
             problems.append(Problem("router.entropy_coef", entropy_coef, reason, "set router.entropy_coef=0.0001"))
         return problems
 
-    def init_weights(self, draw: Draw, std: float) -> None:
-        draw.normal_(self.gate, "gate", std)
-
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
-        logits_TE = linear(given.x_TD.float(), self.gate.float())
+        logits_TE = self.logits(given.x_TD)
         log_probs_TE = logits_TE.log_softmax(-1)
         probs_TE = log_probs_TE.exp()
         expert_TK = replay.once("expert", lambda: best_experts(probs_TE, self.max_experts))

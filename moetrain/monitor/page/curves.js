@@ -53,7 +53,7 @@ function drawAxes(pen, colours, axes, span, y, bottom) {
   pen.strokeStyle = colours.line;
   pen.lineWidth = 1;
   pen.textAlign = "right";
-  for (const value of ticks(span.low, span.high, 4)) {
+  for (const value of ticks(span.low, span.high, 6)) {
     const at = Math.round(y(value)) + 0.5;
     stroke(pen, [[axes.left, at], [axes.right, at]]);
     pen.fillText(short(value), axes.left - 6, at);

@@ -2,6 +2,7 @@
 
 const LEFT = 34;
 const AXIS = 20;
+const HALF_LINE = 6;
 
 // Room of a grid of rows x columns in a canvas; edges are whole pixels, gaps only between large cells.
 function grid(rows, columns, width, tallest) {
@@ -34,7 +35,7 @@ function labelRows(pen, room, names, colours) {
   pen.fillStyle = colours.muted;
   pen.textAlign = "right";
   for (let row = 0; row < room.rows; row += every) {
-    pen.fillText(String(names[row]), LEFT - 6, row * room.high + room.high / 2);
+    pen.fillText(String(names[row]), LEFT - 6, Math.max(row * room.high + room.high / 2, HALF_LINE));
   }
 }
 
@@ -104,7 +105,9 @@ function drawRanks(canvas, loads, chosen) {
   pen.textAlign = "right";
   pen.fillText(`step ${loads[loads.length - 1].step}`, LEFT + room.columns * room.wide, room.rows * room.high + AXIS / 2);
   pen.strokeStyle = colours.ink;
-  pen.strokeRect(Math.round(LEFT + chosen * room.wide) - 0.5, 0.5, Math.max(room.wide, 2) + 1, room.rows * room.high - 1);
+  const wide = Math.max(Math.round(room.wide), 3);
+  const left = Math.min(Math.round(LEFT + chosen * room.wide), Math.round(LEFT + room.columns * room.wide) - wide);
+  pen.strokeRect(left + 0.5, 0.5, wide - 1, room.rows * room.high - 1);
   return room;
 }
 

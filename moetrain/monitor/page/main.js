@@ -39,7 +39,7 @@ function buildRun(run, index) {
     return cell === null ? null : describeCell(part.load, cell);
   });
   if (run.loads.some((load) => load.ranks.length > 1)) buildRanks(part, box);
-  part.bars = element("div", box);
+  part.bars = element("div", box, "", "drops");
   element("h3", box, "Layer by layer, times the fair share");
   const table = element("table", element("div", box, "", "scroll"));
   const head = element("tr", element("thead", table));
@@ -152,8 +152,9 @@ function renderRun(part, step) {
 
 function renderBars(box, title, dropped, name) {
   if (dropped === null) return;
-  element("h3", box, title);
-  const bars = element("div", box, "", "bars");
+  const part = element("div", box);
+  element("h3", part, title);
+  const bars = element("div", part, "", "bars");
   dropped.forEach((percent, i) => {
     element("span", bars, name(i, dropped.length));
     element("b", bars).style.width = `${percent || 0}%`;
@@ -192,6 +193,7 @@ function choose(index) {
 function render() {
   const step = steps.length > 0 ? steps[shown.index] : lastStep;
   document.getElementById("step-text").textContent = String(step);
+  slider.setAttribute("aria-valuetext", `step ${step}`);
   renderScale();
   for (const part of built.parts) renderRun(part, step);
   for (const chart of built.charts) chart.axes = drawChart(chart.canvas, chart.lines, chart.floor, lastStep, step);

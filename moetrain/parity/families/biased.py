@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.parity.case import DIM, WIDTH, Case
 from moetrain.parity.layouts import Layout, shared, stacked
 
+UNBIASED = {"bias": "none", "bias_centred": True}
 GATE_BIAS, BLOCK_BIAS = "gate.e_score_correction_bias", "e_score_correction_bias"
 
 
@@ -103,7 +104,7 @@ LFM2 = tuple(
         _narrow(3, use_expert_bias=biased, norm_topk_prob=biased, routed_scaling_factor=1.5 if biased else 1.0),
         "lfm2",
         Layout(stacked, bias="expert_bias" if biased else None),
-        {"top_k": 3} | ({"scale": 1.5} if biased else {"bias": "none", "renormalise": "none", "renorm_eps": 0.0}),
+        {"top_k": 3} | ({"scale": 1.5} if biased else UNBIASED | {"renormalise": "none", "renorm_eps": 0.0}),
     )
     for biased in (True, False)
 )
@@ -165,7 +166,7 @@ FLINT = tuple(
         _narrow(3, shared_expert_intermediate_size=WIDTH, norm_topk_prob=norm),
         "minimax_m2",
         Layout(stacked, shared("shared_expert")),
-        {"top_k": 3, "bias": "none", "renormalise": "sum" if norm else "none"},
+        {"top_k": 3, **UNBIASED, "renormalise": "sum" if norm else "none"},
         experts={"num_shared": 1},
         std=0.18,
     )

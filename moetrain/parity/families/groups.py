@@ -25,8 +25,8 @@ def _arguments(grouped: bool, scale: float, **more: Any) -> dict[str, Any]:
 
 
 def _settings(grouped: bool, scale: float) -> dict[str, Any]:
-    """Over an option with four groups, of which two, and scale 1."""
-    groups = {} if grouped else {"num_groups": 1, "top_groups": 1}
+    """Over an option with groups and scale 1."""
+    groups = {"num_groups": 4, "top_groups": 2} if grouped else {"num_groups": 1, "top_groups": 1}
     return {"top_k": 4} | groups | ({} if scale == 1.0 else {"scale": scale})
 
 
@@ -61,7 +61,7 @@ MISTRAL4 = tuple(
         "deepseek_v2",
         LAYOUT,
         _settings(grouped, 1.25)
-        | {"group_score": "top2_sum"}
+        | ({"group_score": "top2_sum"} if grouped else {})
         | ({"renormalise": "sum", "renorm_eps": 1e-20} if norm else {}),
         experts={"num_experts": 16, "num_shared": 1},
         std=0.18,

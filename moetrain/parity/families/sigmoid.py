@@ -35,7 +35,8 @@ def _arguments(grouped: bool, scale: float, named: Mapping[str, Any]) -> dict[st
 def _settings(grouped: bool, router: str) -> dict[str, Any]:
     if grouped:
         return {"top_k": 4, "renormalise": "none", "renorm_eps": 0.0, "scale": 1.0} | GROUPS
-    return {"top_k": 4} | ({"num_groups": 1, "top_groups": 1} if router == "deepseek_v3" else {})
+    ungrouped = {"num_groups": 1, "top_groups": 1, "group_score": "max"}
+    return {"top_k": 4} | (ungrouped if router == "deepseek_v3" else {})
 
 
 def _modes(

@@ -6,6 +6,7 @@ MOETRAIN_KILLS=50 python -m pytest tests/test_checkpoint_kill.py kills them fift
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -56,6 +57,11 @@ def save_forever(rank: int, store: str, folder: str, background: bool, finished:
         one.poll()
 
 
+def kill(process: ForkServerProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+
+
 def one_life(folder: Path, number: int, rng: random.Random) -> tuple[int, int]:
     """Start, wait until something was saved, kill a rank and then the other. Steps: finished for certain, and found."""
     context = multiprocessing.get_context("forkserver")
@@ -75,10 +81,10 @@ def one_life(folder: Path, number: int, rng: random.Random) -> tuple[int, int]:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.1)
         victim = rng.randrange(WORLD)
-        for process in (ranks[victim], ranks[1 - victim]):
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            time.sleep(rng.random() * 0.02)
+        kill(ranks[victim])
+        time.sleep(rng.random() * 0.02)
+        with contextlib.suppress(ProcessLookupError):  # it may have noticed, and gone, by itself
+            kill(ranks[1 - victim])
     finally:
         for process in ranks:
             process.kill()

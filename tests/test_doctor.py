@@ -169,7 +169,7 @@ def test_facts_come_from_the_config() -> None:
     assert (steered.more_balance, steered.has_bias) == ("raise router.bias_rate (now 0.01)", True)
     noisy = tiny(router={"_target_": "moetrain.moe.routers.noisy_topk.NoisyTopKRouter"})
     assert "router.importance_coef (now 0.1)" in facts_of(noisy, 1).more_balance
-    assert "balance=switch" in facts_of(tiny(balance__balance_coef=0.0), 1).more_balance
+    assert "balance=default" in facts_of(tiny(balance__balance_coef=0.0), 1).more_balance
 
 
 def test_the_recorder_tells_it_as_an_event_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def _more_balance(config: Config) -> str:
         return f"raise {' or '.join(coefs)}"
     if balance.balance_coef > 0:
         return f"raise balance.balance_coef (now {balance.balance_coef:g})"
-    return "switch a balance loss on (balance=switch)"
+    return "switch a balance loss on (balance=default)"
 
 
 def _own(config: Config) -> Mapping[str, object]:

@@ -20,6 +20,7 @@ from tests.catalog import ROUTERS, tiny_with, traits
 from tests.tiny import VOCAB, alone, ids, moe_layer, tokens
 
 TOKENS, DIM, EXPERTS = 32, 16, 8
+PRIORITIES = ("choice_major", "token_major", "probs", "batch_prioritised", "random")
 every_router = pytest.mark.parametrize("name", ROUTERS)
 
 
@@ -106,8 +107,7 @@ def test_the_language_loss_reaches_every_parameter(name: str) -> None:
 
 
 @every_router
-@pytest.mark.parametrize("factor", [None, 0.5, 1.0])
-@pytest.mark.parametrize("priority", ["choice_major", "token_major", "probs", "batch_prioritised", "random"])
+@pytest.mark.parametrize(("factor", "priority"), [(None, "choice_major"), *((0.5, name) for name in PRIORITIES)])
 def test_capacity_conserves(name: str, factor: float | None, priority: str) -> None:
     """kept + dropped = assigned; slots of an expert are distinct and below its capacity."""
     layer = layer_of(name, capacity__factor_train=factor, capacity__minimum=1, capacity__priority=priority)

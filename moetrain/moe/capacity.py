@@ -45,8 +45,8 @@ class Capacity(nn.Module):
 
     Only ``token_major`` is causal (for k = 1 also ``choice_major``, which is the same then): under the other orders a
     later token can take the slot of an earlier one. ``random`` draws an order in training and is choice-major in
-    evaluation. The ``probs`` of an expert are the combine weights,
-    those of ``batch_prioritised`` the best router probability among a token's experts; ties go to the earlier token.
+    evaluation. The ``probs`` of an expert are the combine weights, those of ``batch_prioritised`` the best router
+    probability among a token's experts; ties go to the earlier token.
 
     scope ``global``: the queue that one process would have made of the whole micro-step, ranks in their order.
     ``choice_major`` and ``token_major`` need a small exchange of counts for it, the others gather every assignment.

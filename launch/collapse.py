@@ -38,8 +38,7 @@ ABOUT = """\
   load), of 8, mean over layers: of the window that ends with the last step, and of the layer that has fewest. MaxVio is
   max_e c_e / mean(c) - 1 with c the assignments of that window before dropping, mean over layers.
 - Restarts: experts restarted, all layers and windows together. Settings: changes of a coefficient or a capacity factor.
-- Means over the seeds, lowest and highest in brackets. A seed sets the order of the data and the initial weights.
-- A run as short as this says when the load recovers, and hardly what that does to the loss: look at the brackets."""
+- Means over the seeds, lowest and highest in brackets. A seed sets the order of the data and the initial weights."""
 
 
 @dataclass(frozen=True)

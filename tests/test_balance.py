@@ -17,7 +17,7 @@ from moetrain.moe.units import in_our_units, to_ours
 from moetrain.ops.spread import cv_squared
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.plan import describe, make_plan
-from moetrain.rules import devices_a_token_reaches, devices_of_experts
+from moetrain.rules.shapes import devices_a_token_reaches, devices_of_experts
 from moetrain.types import Routing
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, alone, tiny, tokens

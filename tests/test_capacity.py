@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.capacity_rules import slots_under_a_limit
 from moetrain.config import CapacityConfig
 from moetrain.moe.capacity import Capacity, renormalised, slots_per_expert
 from moetrain.moe.replay import Replay
 from moetrain.parallel.mesh import mesh_of_world
-from moetrain.rules import PADDED, padded_needs_capacity
+from moetrain.rules.capacity import slots_under_a_limit
+from moetrain.rules.layout import PADDED, padded_needs_capacity
 from moetrain.types import Placement, Routing
 from tests.ranks import run_ranks
 from tests.tiny import alone, ids, moe_layer, tiny

@@ -39,7 +39,9 @@ def problems_of(*overrides: str, world: int = 2, config_dir: str | None = None) 
 
 
 def test_the_groups_are_those_that_are_swapped() -> None:
-    swapped = "model experts router capacity dispatch balance control engine optim data monitor machine debug recipe"
+    swapped = (
+        "model experts router capacity dispatch balance control engine optim data monitor health machine debug recipe"
+    )
     assert swapped.split() == GROUPS
 
 

@@ -17,7 +17,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.replay import Replay
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import make_kernels
-from moetrain.rules import gate_to_limit, shared_to_join
+from moetrain.rules.shapes import gate_to_limit, shared_to_join
 from moetrain.types import Dispatched
 from tests.tiny import VOCAB, alone, ids, moe_layer, tiny
 

@@ -37,6 +37,7 @@ def config(root, **run) -> c.Config:
         data=c.DataConfig(),
         train=c.TrainConfig(steps=10, global_batch=2, micro_batch=1),
         monitor=c.MonitorConfig(),
+        health=c.HealthConfig(),
         machine=c.MachineConfig(),
         debug=c.DebugConfig(),
         recipe=c.RecipeConfig(),

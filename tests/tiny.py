@@ -60,6 +60,7 @@ def tiny(**changes: Any) -> Config:
         "data": {},
         "train": {"steps": 3, "global_batch": 8, "micro_batch": 2},
         "monitor": {},
+        "health": {},
         "machine": {"device": "cpu"},
         "debug": {},
         "recipe": {},

@@ -38,12 +38,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # ``train.steps`` is not here: the learning rate of every step depends on it.
 FREE = (
     "monitor.",
+    "health.",
     "machine.",
     "recipe.",
     "run.id",
     "run.root",
     "run.resume",
     "run.on_config_change",
+    "run.elastic",
     "data.cache",
     "engine.name",
     "engine.zero_stage",

@@ -1,4 +1,4 @@
-"""The rules of rules.py that ask whether a correction, a planted fault or a measurement has something to act on."""
+"""The rules that ask whether a correction, a planted fault or a measurement has something to act on."""
 
 from __future__ import annotations
 

@@ -1,33 +1,15 @@
-"""Typed schema of a run; rules.py has every check that needs two sections at once.
-
-Sections are named after the Hydra groups in ``conf/``. A section whose parts are swapped (``router``, ``dispatch``) is
-a mapping with a ``_target_``: its keys are checked against the keyword-only parameters of that class, so that a new
-router is one file and one config.
-"""
+"""What is trained: the decoder, its experts, and how routing is limited and balanced."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Part = dict[str, Any]
+from moetrain.config.base import STRICT
+
 BalanceUnits = Literal["moetrain", "huggingface", "megatron", "megablocks", "gshard", "deepspeed", "switch"]
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class RunConfig:
-    """Where a run lives. ``root``/``id`` is one folder for all ranks; ``resume`` continues from its newest
-    checkpoint.
-    """
-
-    id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-    root: str = "outputs"
-    seed: int = Field(default=0, ge=0)
-    resume: Literal["auto", "never", "must"] = "auto"
-    on_config_change: Literal["refuse", "allow"] = "refuse"
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -156,143 +138,3 @@ class ControlConfig:
     revive_after_steps: int | None = Field(default=None, gt=0)
     revive_max: int = Field(default=3, ge=1)
     revive_noise: float = Field(default=0.1, gt=0)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class EngineConfig:
-    """deepspeed is the distributed engine, local plain torch, its oracle. dtype auto: bf16 on an accelerator."""
-
-    name: Literal["deepspeed", "local"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    ep_size: int | None = Field(default=None, ge=1)
-    recompute: bool = False
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class OptimConfig:
-    """AdamW (or SGD, for exact comparisons), a warm-up of ``warmup_steps`` and a schedule down to ``min_lr_ratio``."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class DataConfig:
-    """Flat token bins. ``source``: kjv (ships with moetrain), text, jsonl, parquet, hub, or bins already prepared.
-
-    ``path``: the folder, file or data set name that the source reads; ``field``: the text column of jsonl, parquet and
-    hub.
-    ``tokenizer``: ``kjv`` (a small BPE that ships), ``byte``, or the path of a ``tokenizer.json``.
-    """
-
-    source: Literal["kjv", "text", "jsonl", "parquet", "hub", "bins"] = "kjv"
-    path: str | None = None
-    field: str = "text"
-    subset: str | None = None
-    split: str = "train"
-    tokenizer: str = "kjv"
-    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
-    mask_documents: bool = False
-    cache: str = "outputs/data"
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class TrainConfig:
-    """Batch sizes are in sequences of ``model.context`` tokens: global_batch = micro_batch * ranks * accumulation.
-
-    Of checkpoints the newest ``keep_checkpoints`` stay, those of steps that are multiples of ``keep_every`` (0: none
-    for that) and, with keep_best, the one with the lowest validation loss of those that were saved at a step with
-    evaluation. async_checkpoint: a save stops training for a copy to the host only, and is written beside it.
-    """
-
-    steps: int = Field(gt=0)
-    global_batch: int = Field(gt=0)
-    micro_batch: int = Field(gt=0)
-    eval_every: int = Field(default=0, ge=0)
-    eval_batches: int = Field(default=8, gt=0)
-    checkpoint_every: int = Field(default=0, ge=0)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    keep_every: int = Field(default=0, ge=0)
-    keep_best: bool = False
-    async_checkpoint: bool = False
-    sample_tokens: int = Field(default=0, ge=0)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class MonitorConfig:
-    """metrics.jsonl is always written; the rest is by choice. ``log_every``, ``gradient_ratio_every`` (0: never; see
-    moetrain.monitor.gradient_ratio) are in steps.
-    """
-
-    log_every: int = Field(default=10, gt=0)
-    progress: bool = True
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "moetrain"
-    wandb_group: str | None = None
-    timing: bool = True
-    gradient_ratio_every: int = Field(default=0, ge=0)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class MachineConfig:
-    """The device type of every rank (auto: an accelerator where torch sees one) and process-level settings."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, ge=1)
-    timeout_s: int = Field(default=600, gt=0)
-    peak_tflops: float | None = Field(default=None, gt=0)
-    allow_modules: list[str] = Field(default_factory=list)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class DebugConfig:
-    """Ways to look for a fault. overfit: the same batch at every step. fake_world: dry-run at this world size.
-    collapsed_router: a bias sends all tokens to experts 0 and 1 from the start."""
-
-    overfit: bool = False
-    collapsed_router: bool = False
-    fake_world: int | None = Field(default=None, gt=0)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class RecipeConfig:
-    """What a recipe says about itself. Published sizes are in parameters; the counted ones must lie within 1 %."""
-
-    name: str = "none"
-    about: str = ""
-    source: str = ""
-    world: int = Field(default=1, ge=1)
-    published_total: float | None = Field(default=None, gt=0)
-    published_active: float | None = Field(default=None, gt=0)
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class Config:
-    """A whole run, resolved and checked."""
-
-    run: RunConfig
-    model: ModelConfig
-    experts: ExpertsConfig
-    router: Part
-    capacity: CapacityConfig
-    dispatch: Part
-    balance: BalanceConfig
-    control: ControlConfig
-    engine: EngineConfig
-    optim: OptimConfig
-    data: DataConfig
-    train: TrainConfig
-    monitor: MonitorConfig
-    machine: MachineConfig
-    debug: DebugConfig
-    recipe: RecipeConfig

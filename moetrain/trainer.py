@@ -9,11 +9,12 @@ from time import perf_counter
 import torch
 
 from moetrain import checkpoint
-from moetrain.checkpoint import VALIDATION, Keep, NoneWhole, SavedBy, Saver, Source
+from moetrain.checkpoint import VALIDATION, Keep, SavedBy, Saver, Source
 from moetrain.config import Config
 from moetrain.control import Control
 from moetrain.data import Corpus, Loader
 from moetrain.engine import make_engine
+from moetrain.health import BadStep, Guard, Leave, Rollbacks, Unstable
 from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
 from moetrain.monitor.gradient_ratio import gradient_ratios
@@ -26,12 +27,12 @@ from moetrain.ops.timeline import Timeline
 from moetrain.optim import lr_at
 from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import ConfigError, Problem
+from moetrain.resume import AS_SAVED, cannot_resume, find_source, restore_generators
+from moetrain.types import Batch
 
 log = logging.getLogger(__name__)
 SAMPLE_TEMPERATURE = 0.8
-CONTROL = "control"
-AS_SAVED = "start it with the model and the optimiser it was saved with, or name another run.id"
+CONTROL, GUARD = "control", "guard"
 
 
 class Trainer:
@@ -43,7 +44,7 @@ class Trainer:
         self.accumulation = train.global_batch // (mesh.world_size * train.micro_batch)
         torch.manual_seed(config.run.seed + mesh.rank)
         self.timeline = Timeline(mesh.device, enabled=config.monitor.timing)
-        found = self._find()
+        found = find_source(config, folder, mesh, corpus.fingerprint)
         self.gemm = _gemm(mesh, found)
         self.vocab_size = config.model.vocab_size or corpus.vocab_size
         self.model = Decoder(config, mesh, self.vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
@@ -60,6 +61,8 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         self.window = Window(mesh)
+        self.guard = Guard(config.health, mesh, Leave(folder.stop, mesh.is_main))
+        self.rollbacks = Rollbacks(folder.rollbacks, mesh.is_main, lambda text: broadcast_text(text, mesh.world_group))
         self.saver = _saver(config, mesh, folder)
         self.skipped = self.told = 0
         self.loss = 0.0
@@ -79,7 +82,8 @@ class Trainer:
         """
         train = self.config.train
         self.timeline.drain()
-        for step in range(self.start, train.steps):
+        step = self.start
+        while step < train.steps:
             began = perf_counter()
             norm = self._step(step)
             done = step + 1
@@ -96,24 +100,40 @@ class Trainer:
             if last:
                 self.saver.finish()
             self._tell_failures(done)
+            step = self._roll_back(done) if self.guard.goes_back else done
         self._close()
         return math.isfinite(self.loss)
 
     def _step(self, step: int) -> float:
-        """One optimiser step; returns the gradient norm before clipping."""
+        """One optimiser step, or none if it is bad; returns the gradient norm before clipping."""
+        outputs = []
         for micro in range(self.accumulation):
-            batch = self.loader.train(0 if self.config.debug.overfit else step, micro)
-            self.window.add(self.engine.forward_backward(batch))
+            outputs.append(self.engine.forward_backward(self._batch(step, micro)))
             self.model.commit_load()
+        self.guard.cast(torch.stack([output.loss for output in outputs]).mean())
         self.timeline.mark("update")
-        norm = self.engine.step(lr_at(step, self.config.train.steps, self.config.optim))
+        norm = self.engine.step(lr_at(step, self.config.train.steps, self.config.optim), self.guard.accepts)
         self.timeline.mark("rest")
-        if not math.isfinite(norm):
-            self.skipped += 1
-            log.warning("step %d was skipped: the gradient norm is %s", step + 1, norm)
-        self.model.adapt_routers(moved=math.isfinite(norm))
-        self.window.add_load(self.model.take_load(), self.model.take_gauges())
+        bad = self.guard.ended(step + 1)
+        self.model.adapt_routers(moved=bad is None)
+        load, gauges = self.model.take_load(), self.model.take_gauges()
+        if bad is None:
+            for output in outputs:
+                self.window.add(output)
+            self.window.add_load(load, gauges)
+        else:
+            self._skip(bad)
         return norm
+
+    def _batch(self, step: int, micro: int) -> Batch:
+        return self.loader.train(0 if self.config.debug.overfit else self.rollbacks.batch_of(step), micro)
+
+    def _skip(self, bad: BadStep) -> None:
+        self.skipped += 1
+        message = f"step {bad.step} was skipped, {self._samples_of(bad.step)}: {bad.reason}"
+        log.warning(message)
+        if self.recorder is not None:
+            self.recorder.skipped(bad.step, message)
 
     def _record(self, done: int, norm: float) -> None:
         means = self.window.reduce()
@@ -134,7 +154,7 @@ class Trainer:
         """Where they are due, of a micro-batch of the step just done."""
         if not _due(done, self.config.monitor.gradient_ratio_every):
             return {}
-        ratios = gradient_ratios(self.model, self.loader.train(done - 1, 0))
+        ratios = gradient_ratios(self.model, self._batch(done - 1, 0))
         self.timeline.mark("rest")
         self.timeline.drain()
         return ratios
@@ -155,7 +175,7 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint, "vocab_size": self.vocab_size}
-        extra[CONTROL] = self.control.state()
+        extra |= {CONTROL: self.control.state(), GUARD: self.guard.state()}
         if self.validated is not None and self.validated[0] == done and math.isfinite(self.validated[1]):
             extra[VALIDATION] = self.validated[1]
         generators = checkpoint.generators(self.mesh.rank, self.mesh.device)
@@ -168,44 +188,46 @@ class Trainer:
             self.recorder.alarm(done, f"{self.saver.failure}; training goes on, the checkpoints before are untouched")
         self.told = self.saver.failed
 
-    def _find(self) -> Source | None:
-        """The newest checkpoint of the run folder that verifies, if the run is to go on from it."""
-        resume, folder = self.config.run.resume, self.folder.checkpoints
-        try:
-            found = None if resume == "never" else checkpoint.find(folder, self.mesh)
-        except NoneWhole as error:
-            fix = f"name another run.id, or delete {folder} if the run is to start anew"
-            raise self._cannot_resume(str(error), fix) from error
-        if found is None:
-            if resume == "must":
-                fix = "name another run.id, or set run.resume=auto"
-                raise self._cannot_resume(f"{folder} holds no whole checkpoint", fix)
-            return None
-        if (corpus := found.extra["corpus"]) != self.corpus.fingerprint:
-            reason = f"{found.path} was trained on another corpus ({corpus[:12]})"
-            fix = "give the same data section, tokenizer and files"
-            raise ConfigError([Problem("data", self.corpus.fingerprint[:12], reason, fix)])
-        return found
-
     def _restore(self, found: Source) -> int:
-        """Put weights, optimiser and generators back; returns the number of steps that are done."""
+        """Put weights, optimiser, controllers and generators back; returns the number of steps that are done."""
         try:
             self.engine.load_state(found.fill)
         except ValueError as error:
-            raise self._cannot_resume(str(error), AS_SAVED) from error
+            raise cannot_resume(self.config, str(error), AS_SAVED) from error
         self.control.load(found.step, found.extra.get(CONTROL, {}))
-        saved_by, mesh = found.manifest.saved_by, self.mesh
-        if (saved_by.world_size, saved_by.device) == (mesh.world_size, mesh.device.type):
-            checkpoint.set_generators(found.generators(mesh.rank), mesh.device)
-        else:
-            checkpoint.seed_generators(self.config.run.seed, found.step, mesh.rank)
-            was = f"{saved_by.world_size} ranks on {saved_by.device}"
-            log.info("saved by %s: random generators start anew, from seed and step", was)
-        log.info("resumed after step %d", found.step)
+        self.guard.load(found.extra.get(GUARD, {}))
+        said = restore_generators(found, self.mesh, self.config.run.seed)
+        log.info("resumed after step %d; %s", found.step, said)
         return found.step
 
-    def _cannot_resume(self, reason: str, fix: str) -> ConfigError:
-        return ConfigError([Problem("run.resume", self.config.run.resume, reason, fix)])
+    def _roll_back(self, done: int) -> int:
+        """From the newest checkpoint, past all batches up to those of step ``done``. Returns its step."""
+        self.saver.finish()
+        told = "\n".join(f"  step {one.step}: {one.reason}; {self._samples_of(one.step)}" for one in self.guard.bad)
+        report = f"{len(self.guard.bad)} bad steps in a row:\n{told}"
+        if self.rollbacks.num_done >= self.config.health.max_rollbacks:
+            raise self._unstable(done, f"{report}\nthe run has gone back {self.rollbacks.num_done} times already")
+        found = find_source(self.config, self.folder, self.mesh, self.corpus.fingerprint)
+        if found is None:
+            raise self._unstable(done, f"{report}\nthere is no checkpoint to go back to (train.checkpoint_every)")
+        step = self._restore(found)
+        self.rollbacks.jump(step, done)
+        self.window, self.validated = Window(self.mesh), None
+        self.timeline.drain()
+        if self.recorder is not None:
+            self.recorder.go_back(step, f"{report}\nback to step {step}, past the batches up to those of step {done}")
+        return step
+
+    def _unstable(self, done: int, report: str) -> Unstable:
+        if self.recorder is not None:
+            self.recorder.alarm(done, f"THE RUN HAS STOPPED: {report}")
+        return Unstable(report)
+
+    def _samples_of(self, step: int) -> str:
+        """The samples of step number ``step``, from 1."""
+        size = self.config.train.global_batch
+        first = self.rollbacks.batch_of(step - 1) * size
+        return f"samples {first} to {first + size - 1}"
 
     def _close(self) -> None:
         """Raises OSError if the last checkpoint, which holds what the run was for, could not be written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,12 @@ class Engine(Protocol):
     def forward_backward(self, batch: Batch) -> ModelOutput:
         """One micro-batch of this rank: gradients of ``loss / accumulation`` are added up; the output has no graph."""
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
         """Average gradients over the world, clip by the global norm, update with ``lr``, zero the gradients.
 
         Returns the norm before clipping, ``sqrt(|dense|^2 + sum over distinct experts |g|^2)``, the same on every rank.
-        Where that norm is not finite, the weights and the optimiser's state are left as they were.
+        ``accepts`` is asked once, with that norm, before anything moves: where it says no (as it must of what is not
+        finite), the weights and the optimiser's state are left as they were.
         """
 
     def evaluate(self, batch: Batch) -> ModelOutput:

@@ -121,10 +121,10 @@ class ReplicatedEngine(_Engine):
         self._optimizer = make_optimizer(config.optim, options)
         self._initialize(self._optimizer, bf16=False, clip_norm=0.0)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
         self._end_accumulation()
         norm = self._flat.clip(self._config.optim.clip_norm, self._mesh.ep_group)
-        if math.isfinite(norm):
+        if accepts(norm):
             set_lr(self._optimizer, lr)
             self._deepspeed.step()
             self._flat.refresh()
@@ -155,7 +155,7 @@ class ZeroEngine(_Engine):
         bf16 = weight_dtype(config.engine, mesh.device) == torch.bfloat16
         self._initialize(make_optimizer(config.optim, options), bf16, config.optim.clip_norm or 0.0)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
         self._end_accumulation()
         set_lr(self._deepspeed.optimizer, lr)
         self._deepspeed.step()

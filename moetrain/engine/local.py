@@ -47,12 +47,12 @@ class LocalEngine:
         self._num_done += 1
         return detached(output)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
         assert self._num_done == self._accumulation, (self._num_done, self._accumulation)
         self._num_done = 0
         self._reduce()
         norm = self._flat.clip(self._clip_norm, self._mesh.ep_group)
-        if math.isfinite(norm):
+        if accepts(norm):
             set_lr(self._optimizer, lr)
             self._optimizer.step()
             self._flat.refresh()

@@ -56,9 +56,7 @@ class Recorder:
         self._rows = Rows(config, mesh, corpus.vocab_size)
         self._rounds = Rounds(facts_of(config, mesh.ep_size))
         self._layers, self._tokens_per_step = self._rows.layers, self._rows.tokens_per_step
-        self._metrics = MetricsFile(folder.metrics, start, start * self._tokens_per_step)
-        self._loads = ExpertLoadFile(folder.expert_load, start, start * self._tokens_per_step)
-        self._events = EventsFile(folder.events, start)
+        self._open(start)
         if start:
             self.event(start, "resume", f"taken up after step {start} on {mesh.world_size} ranks", {})
         self._progress = Progress(sys.stderr, config.monitor.log_every) if config.monitor.progress else None
@@ -73,6 +71,21 @@ class Recorder:
         self._last: WindowMeans | None = None
         self._last_steps = 0
         self._validation: float | None = None
+
+    def _open(self, start: int) -> None:
+        """A new segment of each file, after ``start`` steps."""
+        tokens = start * self._tokens_per_step
+        self._metrics = MetricsFile(self._folder.metrics, start, tokens)
+        self._loads = ExpertLoadFile(self._folder.expert_load, start, tokens)
+        self._events = EventsFile(self._folder.events, start)
+
+    def go_back(self, start: int, message: str) -> None:
+        """The run goes on after step ``start`` again, which it had passed; what was written since is left out."""
+        self._close_files()
+        self._open(start)
+        self.alarm(start, message)
+        self._rounds = Rounds(facts_of(self._config, self._mesh.ep_size))
+        self._seconds, self._steps = 0.0, 0
 
     def tick(self, done: int, seconds: float) -> None:
         """Step number ``done`` took ``seconds``."""
@@ -94,7 +107,6 @@ class Recorder:
         """The window that ends with step ``done``; states: of each MoE layer's router; phases: seconds since the last
         drain.
         """
-        self._note_skipped(done, int(numbers["train/skipped_steps"]))
         row = self._rows.of(means, numbers, states, Timing(self._steps, self._seconds, phases))
         self._write(done, row.numbers)
         if self._wandb is not None and means.load is not None and self._is_picture_step(done):
@@ -118,6 +130,12 @@ class Recorder:
             self._wandb.alert(f"{self._folder.id} at step {done}", message, "ERROR")
         self._say(message)
 
+    def skipped(self, done: int, message: str) -> None:
+        """Step number ``done`` was bad, and moved nothing."""
+        self._skipped += 1
+        self.event(done, "skipped", message, {})
+        self._say(message)
+
     def validation(self, done: int, means: WindowMeans) -> None:
         """Mean validation losses after step ``done``."""
         self._validation = means.lm
@@ -129,18 +147,20 @@ class Recorder:
         """The closing report, to the terminal and to report.txt."""
         if self._progress is not None:
             self._progress.close()
-        self._metrics.close()
-        self._loads.close()
-        self._events.close()
+        self._close_files()
         notes = self._close_wandb()
         if self._skipped:
-            notes.append(f"{self._skipped} steps were skipped: their gradients were not finite")
+            notes.append(f"{self._skipped} steps were skipped: see {self._folder.events}")
         if self._last is None:
             print(f"nothing to do: {self._folder.path} has done all {self._first} steps")
             return
         report = self._report(self._last, sample, memory, saved, notes)
         Console().print(closing_report(report, shutil.get_terminal_size().columns))
         write_report(report, self._folder.report)
+
+    def _close_files(self) -> None:
+        for file in (self._metrics, self._loads, self._events):
+            file.close()
 
     def _say(self, message: str) -> None:
         if self._progress is not None:
@@ -170,14 +190,6 @@ class Recorder:
             choice=None if gauges is None else SplitCounts(*gauges.choice_2LK),
             position=None if gauges is None else SplitCounts(*gauges.position_2LP),
         )
-
-    def _note_skipped(self, done: int, skipped: int) -> None:
-        """skipped: steps of this segment whose gradients were not finite."""
-        if (new := skipped - self._skipped) > 0:
-            self.event(
-                done, "skipped", f"{new} of {self._steps} steps had gradients that were not finite", {"steps": new}
-            )
-        self._skipped = skipped
 
     def _write(self, done: int, row: Mapping[str, float]) -> None:
         tokens = done * self._tokens_per_step

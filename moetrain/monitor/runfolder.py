@@ -98,6 +98,14 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def rollbacks(self) -> Path:
+        return self.path / "rollbacks.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "STOP"
+
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank{rank}.log"
 

@@ -44,7 +44,7 @@ class GaugeMeans:
 @dataclass(frozen=True)
 class WindowMeans:
     """Means over micro-batches and ranks, in nats, router losses by the names of ``LossTerms``, and global counts,
-    int64 [L, E].
+    int64 [L, E]. NaN and None where the window holds nothing.
     """
 
     loss: float
@@ -90,7 +90,8 @@ class Window:
         if load is not None and gauges:
             parts += [load.assigned_LE, load.kept_LE, *_parts(gauges, self._swing.of_rank(), self._mesh)]
         sums_X, *rest = sum_together(parts, self._mesh.world_group)
-        loss, lm, *terms = (sums_X / (self._num * self._mesh.world_size)).tolist()
+        means_X = sums_X / (self._num * self._mesh.world_size) if self._num else torch.full_like(sums_X, torch.nan)
+        loss, lm, *terms = means_X.tolist()
         counts, means = None, None
         if rest:
             counts = LoadCounts(rest[0].to(torch.int64), rest[1].to(torch.int64))

@@ -1,4 +1,7 @@
-"""Several ranks on this machine: fresh processes, gloo, one result a rank."""
+"""Several ranks on this machine: fresh processes, gloo, one result a rank.
+
+They are forked from a server that has imported what all need and run nothing: an import of torch costs seconds a rank.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PRELOAD = ["moetrain.engine.deepspeed", "moetrain.trainer", "transformers"]
 
 
 def _main(rank: int, world: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
@@ -36,7 +41,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
 
     Results travel as numpy or plain objects: return ``tensor.numpy()`` or floats, not tensors.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")

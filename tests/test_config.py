@@ -10,8 +10,9 @@ import pytest
 
 from moetrain.checks import ep_size_of, parse, world_of
 from moetrain.problems import report
+from moetrain.rules.layout import LOCAL, PADDED
 from moetrain.types import ConfigError, Problem, RouterTraits
-from tests.tiny import TARGETS, tiny
+from tests.tiny import tiny
 
 
 def raw(**changes: object) -> dict[str, Any]:
@@ -102,16 +103,16 @@ RULES = [
     ({"model__first_dense": 2}, "model.first_dense", "no MoE layer", "model.first_dense=1"),
     ({"optim__warmup_steps": 4}, "optim.warmup_steps", "train.steps = 3", "optim.warmup_steps=3"),
     ({"engine__zero_stage": 1}, "engine.zero_stage", "plain torch", "engine=deepspeed"),
-    ({"dispatch___target_": TARGETS["padded"]}, "capacity.factor_train", "can't be dropless", "dispatch=alltoall"),
+    ({"dispatch___target_": PADDED}, "capacity.factor_train", "can't be dropless", "dispatch=alltoall"),
     (
-        {"dispatch___target_": TARGETS["padded"], "capacity__factor_train": 1.0},
+        {"dispatch___target_": PADDED, "capacity__factor_train": 1.0},
         "capacity.factor_eval",
         "can't be dropless",
         "capacity=seed",
     ),
     (
         {
-            "dispatch___target_": TARGETS["padded"],
+            "dispatch___target_": PADDED,
             "capacity__factor_train": 1.0,
             "capacity__factor_eval": 1.0,
             "capacity__scope": "global",
@@ -120,8 +121,8 @@ RULES = [
         "per rank",
         "capacity.scope=rank",
     ),
-    ({"dispatch___target_": TARGETS["local"]}, "engine.ep_size", "null means 4 at 4 ranks", "engine.ep_size=1"),
-    ({"dispatch___target_": TARGETS["local"], "engine__ep_size": 2}, "engine.ep_size", "all experts", "alltoall"),
+    ({"dispatch___target_": LOCAL}, "engine.ep_size", "null means 4 at 4 ranks", "engine.ep_size=1"),
+    ({"dispatch___target_": LOCAL, "engine__ep_size": 2}, "engine.ep_size", "all experts", "alltoall"),
     ({"data__source": "text"}, "data.path", "a file or a folder", "data.path=/path"),
     ({"data__source": "hub"}, "data.path", "name of a data set", "data.path=owner/name"),
     ({"data__source": "bins", "data__path": "/no/such"}, "data.path", "nothing exists at /no/such", "correct"),

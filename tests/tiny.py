@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from moetrain.compose import conf_folder
 from moetrain.config import Config
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.init import Draw
@@ -24,11 +27,6 @@ ROUTER = {
     "top_k": 2,
     "select": "logits",
     "weights": "chosen_softmax",
-}
-TARGETS = {
-    "local": "moetrain.moe.dispatch.local.LocalDispatcher",
-    "padded": "moetrain.moe.dispatch.padded.PaddedDispatcher",
-    "alltoall": "moetrain.moe.dispatch.alltoall.AllToAllDispatcher",
 }
 
 
@@ -52,7 +50,7 @@ def tiny(**changes: Any) -> Config:
         "experts": {"num_experts": 8},
         "router": changes.pop("router", dict(ROUTER)),
         "capacity": {"factor_train": None, "factor_eval": None},
-        "dispatch": {"_target_": TARGETS[changes.pop("dispatch", "alltoall")]},
+        "dispatch": {"_target_": _dispatcher(changes.pop("dispatch", "alltoall"))},
         "balance": {"balance_coef": 0.1, "z_coef": 0.01, "scope": "sequence"},
         "control": {},
         "engine": {"name": "local", "zero_stage": 0, "dtype": "fp32"},
@@ -115,3 +113,8 @@ def tokens(num_sequences: int, context: int, seed: int = 0) -> Batch:
 def part_of(batch: Batch, start: int, stop: int) -> Batch:
     """Sequences start..stop of a batch."""
     return Batch(batch.tokens_BS[start:stop], batch.targets_BS[start:stop])
+
+
+@cache
+def _dispatcher(name: str) -> str:
+    return str(OmegaConf.load(conf_folder() / "dispatch" / f"{name}.yaml")["_target_"])

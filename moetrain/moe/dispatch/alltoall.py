@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher
+from moetrain.moe.dispatch.base import Dispatcher, output_weights, with_input_weights
 from moetrain.moe.dispatch.local import rows_by_expert
 from moetrain.ops.permute import RowMap, rows_of_tokens, tokens_of_rows
 from moetrain.ops.slots import count_experts
@@ -49,14 +49,14 @@ class AllToAllDispatcher(Dispatcher):
         to_Ge = counts_E.view(self.mesh.ep_size, self.num_local)
         from_Ge = exchange_counts(to_Ge, self.mesh.ep_group)
         send, receive = torch.stack([to_Ge.sum(1), from_Ge.sum(1)]).tolist()
-        rows = rows_by_expert(placement, self.num_experts, sum(send))
-        arrived_RD = self.exchange(self.outgoing(x_TD, placement, rows), send, receive, "dispatch")
+        rows = rows_by_expert(placement.routing.expert_TK, placement.kept_TK, self.num_experts, sum(send))
+        arrived_RD = self.exchange(with_input_weights(x_TD, placement.routing, rows), send, receive, "dispatch")
         order_R = expert_major(from_Ge, sum(receive))
         arrival_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
         by_expert_RD = reorder(arrived_RD, order_R, arrival_R)
         ends_e = from_Ge.sum(0).cumsum(0).to(torch.int32)
         return AllToAllDispatched(
-            by_expert_RD, ends_e, None, self.home_weights(placement), rows, send, receive, arrival_R
+            by_expert_RD, ends_e, None, output_weights(placement.routing), rows, send, receive, arrival_R
         )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:

@@ -11,7 +11,7 @@ from moetrain.ops.permute import RowMap, rows_of_tokens
 from moetrain.ops.timeline import Phase, Timeline
 from moetrain.parallel.collectives import all_to_all_rows
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import Dispatched, Placement
+from moetrain.types import Dispatched, Placement, Routing
 
 
 class Dispatcher(nn.Module, ABC):
@@ -31,22 +31,23 @@ class Dispatcher(nn.Module, ABC):
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         """The experts' rows, in the order they came -> weighted sums [T, D] on the tokens' own rank."""
 
-    def outgoing(self, x_TD: Tensor, placement: Placement, rows: RowMap) -> Tensor:
-        """The rows as they leave this rank, [R, D]: tokens, times their weights where those are on the input."""
-        rows_RD = rows_of_tokens(x_TD, rows)
-        if placement.routing.weight_on == "output":
-            return rows_RD
-        weight_N = placement.routing.weight_TK.reshape(-1)
-        weight_R = torch.cat([weight_N, weight_N.new_zeros(1)])[rows.assignment_R]
-        return (rows_RD * weight_R.unsqueeze(1)).to(x_TD.dtype)
-
-    def home_weights(self, placement: Placement) -> Tensor:
-        """What multiplies the rows that come home, fp32 [T, K]."""
-        weight_TK = placement.routing.weight_TK
-        return weight_TK if placement.routing.weight_on == "output" else torch.ones_like(weight_TK)
-
     def exchange(self, x_RD: Tensor, send: list[int] | None, receive: list[int] | None, phase: Phase) -> Tensor:
         """The all-to-all of rows over the EP group, its time told apart from ``phase``, which it interrupts."""
         x_RD = self.timeline.through(x_RD, phase, "exchange")
         x_RD = all_to_all_rows(x_RD, send, receive, self.mesh.ep_group)
         return self.timeline.through(x_RD, "exchange", phase)
+
+
+def with_input_weights(x_TD: Tensor, routing: Routing, rows: RowMap) -> Tensor:
+    """The rows for the experts, [R, D]: tokens, times their weights where those are on the input."""
+    rows_RD = rows_of_tokens(x_TD, rows)
+    if routing.weight_on == "output":
+        return rows_RD
+    weight_N = routing.weight_TK.reshape(-1)
+    weight_R = torch.cat([weight_N, weight_N.new_zeros(1)])[rows.assignment_R]
+    return (rows_RD * weight_R.unsqueeze(1)).to(x_TD.dtype)
+
+
+def output_weights(routing: Routing) -> Tensor:
+    """What multiplies the experts' results, fp32 [T, K]."""
+    return routing.weight_TK if routing.weight_on == "output" else torch.ones_like(routing.weight_TK)

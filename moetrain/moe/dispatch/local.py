@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher
+from moetrain.moe.dispatch.base import Dispatcher, output_weights, with_input_weights
 from moetrain.ops.permute import RowMap, tokens_of_rows
 from moetrain.ops.slots import count_experts
 from moetrain.types import Dispatched, Placement
 
 
-def rows_by_expert(placement: Placement, num_experts: int, num_kept: int) -> RowMap:
+def rows_by_expert(expert_TK: Tensor, kept_TK: Tensor, num_experts: int, num_kept: int) -> RowMap:
     """Kept assignments in order of their expert, then of their token; dropped ones have no row."""
-    expert_N = placement.routing.expert_TK.masked_fill(~placement.kept_TK, num_experts).reshape(-1)
+    expert_N = expert_TK.masked_fill(~kept_TK, num_experts).reshape(-1)
     order_N = torch.argsort(expert_N, stable=True)
     row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
-    row_TK = row_N.clamp(max=num_kept).view_as(placement.kept_TK)
+    row_TK = row_N.clamp(max=num_kept).view_as(kept_TK)
     return RowMap(order_N[:num_kept], row_TK, has_empty=False)
 
 
@@ -35,9 +35,11 @@ class LocalDispatcher(Dispatcher):
 
     def forward(self, x_TD: Tensor, placement: Placement) -> LocalDispatched:
         counts_E = count_experts(placement.routing.expert_TK, self.num_experts, placement.kept_TK)
-        rows = rows_by_expert(placement, self.num_experts, int(counts_E.sum()))
+        rows = rows_by_expert(placement.routing.expert_TK, placement.kept_TK, self.num_experts, int(counts_E.sum()))
         ends_e = counts_E.cumsum(0).to(torch.int32)
-        return LocalDispatched(self.outgoing(x_TD, placement, rows), ends_e, None, self.home_weights(placement), rows)
+        return LocalDispatched(
+            with_input_weights(x_TD, placement.routing, rows), ends_e, None, output_weights(placement.routing), rows
+        )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, LocalDispatched)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher
+from moetrain.moe.dispatch.base import Dispatcher, output_weights, with_input_weights
 from moetrain.ops.permute import RowMap, tokens_of_rows
 from moetrain.types import Dispatched, Placement
 
@@ -28,11 +28,11 @@ class PaddedDispatcher(Dispatcher):
         capacity = placement.capacity
         assert capacity is not None, "config.py lets no dropless run reach the padded dispatcher"
         rows = self._slots(placement, capacity)
-        arrived_RD = self.exchange(self.outgoing(x_TD, placement, rows), None, None, "dispatch")
+        arrived_RD = self.exchange(with_input_weights(x_TD, placement.routing, rows), None, None, "dispatch")
         by_expert_RD = self._swap(arrived_RD, self.mesh.ep_size, self.num_local, capacity)
         per_expert = self.mesh.ep_size * capacity
         ends_e = torch.arange(1, self.num_local + 1, dtype=torch.int32, device=x_TD.device) * per_expert
-        return PaddedDispatched(by_expert_RD, ends_e, per_expert, self.home_weights(placement), rows, capacity)
+        return PaddedDispatched(by_expert_RD, ends_e, per_expert, output_weights(placement.routing), rows, capacity)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, PaddedDispatched)

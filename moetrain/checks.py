@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
@@ -13,6 +13,7 @@ from moetrain.config import Config, Part
 from moetrain.parts import ABOUT, TARGET, failing, parameters, part_problems, resolve
 from moetrain.problems import MISSING, field_problems, nearest, typed
 from moetrain.rules import rule_problems
+from moetrain.rules.layout import fitted_ep_size, fitted_micro_batch
 from moetrain.types import ConfigError, Problem, RouterTraits
 
 CONTEXT = {"router": ("site",), "dispatch": ("num_experts", "mesh", "timeline")}
@@ -89,7 +90,43 @@ def ep_size_of(config: Config, world_size: int) -> int:
 
     When that is null: the largest divisor of ``world_size`` that divides the number of experts.
     """
-    return config.engine.ep_size or math.gcd(world_size, config.experts.num_experts)
+    return config.engine.ep_size or fitted_ep_size(None, config.experts.num_experts, world_size)
+
+
+def fitted(config: Config, world_size: int) -> Config:
+    """A checked config as ``world_size`` ranks run it: with ``run.elastic``, EP size and micro-batch lowered to what
+    fits them, the global batch kept by accumulation.
+    """
+    if not config.run.elastic:
+        return config
+    engine, train = config.engine, config.train
+    micro_batch = fitted_micro_batch(train.micro_batch, train.global_batch, world_size)
+    assert micro_batch is not None, "the rules refuse such a world"
+    ep_size = fitted_ep_size(engine.ep_size, config.experts.num_experts, world_size)
+    return replace(config, engine=replace(engine, ep_size=ep_size), train=replace(train, micro_batch=micro_batch))
+
+
+def refit(config: Config, world_size: int, before: int | None = None) -> str:
+    """What ``run.elastic`` changes for ``world_size`` ranks, in words; "" for nothing. before: the number of ranks that
+    it is compared with; None: with what was typed.
+    """
+    if not config.run.elastic or (before is not None and config.train.global_batch % before):
+        return ""
+    new = _layout(fitted(config, world_size), world_size)
+    if before is None:
+        old = {"ep_size": config.engine.ep_size or new["ep_size"], "micro_batch": config.train.micro_batch}
+    else:
+        old = _layout(fitted(config, before), before)
+    changes = [f"{name} {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+    return f"elastic: {', '.join(changes)}" if changes else ""
+
+
+def _layout(config: Config, world_size: int) -> dict[str, int]:
+    """Of a config that is fitted to the ranks."""
+    train = config.train
+    accumulation = train.global_batch // (world_size * train.micro_batch)
+    ep_size = ep_size_of(config, world_size)
+    return {"ranks": world_size, "ep_size": ep_size, "micro_batch": train.micro_batch, "accumulation": accumulation}
 
 
 def _world(fake: int | None, world_size: int | None, recipe: int | None) -> int | None:

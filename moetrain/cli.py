@@ -11,6 +11,7 @@ from moetrain.arguments import Parser, asked_world, environment_world
 from moetrain.checks import world_of
 from moetrain.compose import RECIPE, compose, compose_with_about, options, resolved_yaml
 from moetrain.problems import report
+from moetrain.redaction import redact
 from moetrain.run_commands import COMMANDS
 from moetrain.types import ConfigError, Problem
 
@@ -25,9 +26,11 @@ usage: moetrain COMMAND [key=value | group=option ...] [--config-dir DIR]
 
   train          train; start it with torchrun, one process a rank
   check          say what is wrong with a configuration, or print it resolved, with what follows from it
+  preflight      everything about a world that can be found wrong before its first step; start it with torchrun
   plan           sizes, memory and traffic of a configuration, and a dry run of its world in one process
   data prepare   tokenise the corpus of a configuration into flat bins
   bench step     time a training step against Hugging Face's Mixtral; start it with torchrun
+  bench metrics  what counting and logging cost, as a share of a step; start it with torchrun
   recipes        the recipes that can be chosen with recipe=NAME
   routers        the routers that can be chosen with router=NAME: paper, traits, what each was measured against
   routers compare
@@ -47,7 +50,7 @@ moetrain COMMAND --help says more. For example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 for a mistake in what was typed, told once by rank 0."""
+    """Run one command. Returns the exit code: 0, or 2 for a mistake in what was typed, told once a host."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -57,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_once(text: str) -> None:
-    """Rank 0 speaks. torchrun kills all ranks as soon as one has left, so the others give it time to."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+    """One rank a host speaks: it may be wrong there only. torchrun kills all ranks as soon as one has left, so the
+    others give it time to.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(redact(text), file=sys.stderr, flush=True)
     else:
         time.sleep(SILENCE_S)
 
@@ -68,6 +73,8 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command == "train":
         return _train(rest)
+    if command == "preflight":
+        return _preflight(rest)
     if command == "check":
         return _check(rest)
     if command == "plan":
@@ -75,7 +82,9 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "data":
         return _data(rest)
     if command == "bench":
-        return _bench(rest)
+        from moetrain.bench.command import bench
+
+        return bench(rest)
     if command == "recipes":
         return _recipes(rest)
     if command == "routers":
@@ -100,6 +109,19 @@ def _train(arguments: list[str]) -> int:
         for note in published_notes(composed, parsed.config_dir):
             print(f"moetrain: {note}", file=sys.stderr, flush=True)
     return train_main(composed.config)
+
+
+def _preflight(arguments: list[str]) -> int:
+    description = (
+        "Check the world that a run would have, as every run does before its first step. Exits with 1 if it fails."
+    )
+    parsed = Parser("preflight", description).parse_intermixed_args(arguments)
+    config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
+    from rich.console import Console
+
+    from moetrain.preflight.command import main as preflight_main
+
+    return preflight_main(config, Console())
 
 
 def _check(arguments: list[str]) -> int:
@@ -143,23 +165,6 @@ def _data(arguments: list[str]) -> int:
 
     corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
     print(corpus.summary())
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
-    action, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if action in ("--help", "-h"):
-        action, rest = "step", ["--help"]
-    if action != "step":
-        fix = "torchrun --nproc-per-node 2 -m moetrain bench step recipe=quickstart"
-        raise ConfigError([Problem("command", f"bench {action}", "moetrain bench has no such benchmark", fix)])
-    description = "Time a training step against Hugging Face's Mixtral, interleaved. Start it with torchrun."
-    parsed = Parser("bench step", description).parse_intermixed_args(rest)
-    config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
-    from moetrain.bench.step import step_bench
-
-    if (text := step_bench(config)) is not None:
-        print(text)
     return 0
 
 

@@ -26,10 +26,11 @@ from moetrain.checks import parse, problems_of
 from moetrain.config import AboutPart, Config
 from moetrain.parts import ABOUT
 from moetrain.problems import unknown_option
+from moetrain.redaction import held
 from moetrain.types import ConfigError, Problem
 
 RECIPE, ROUTER = "recipe", "router"
-_FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
+_FAILURES = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,8 @@ def compose_with_about(overrides: Sequence[str], world_size: int | None, config_
             container = _container(choices, config_dir)
     if isinstance(container, Problem):
         raise ConfigError([*problems, container])
+    if exposed := secret_problems(container):
+        raise ConfigError(exposed)
     problems += about_problems(ROUTER, container.get(ROUTER), config_dir)
     if problems:
         raise ConfigError([*problems, *problems_of(container, world_size, _unsure(choices, problems))])
@@ -135,6 +138,20 @@ def about_problems(section: str, part: object, config_dir: str | None = None) ->
     return [dataclasses.replace(problem, field=f"{section}.{ABOUT}.{problem.field}") for problem in found]
 
 
+def secret_problems(container: Mapping[str, Any]) -> list[Problem]:
+    """Values that hold a secret of the environment, by ``${oc.env:...}`` or typed: a config is written and shown.
+
+    Other variables may be named, since where things lie is the environment's business.
+    """
+    found = []
+    for section, values in container.items():
+        for key, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            if (name := held(str(value))) is not None:
+                fix = f"leave it out: whatever needs {name} reads it from the environment"
+                found.append(Problem(f"{section}.{key}", "***", f"holds the secret of {name}", fix))
+    return found
+
+
 def conf_folder() -> Path:
     """conf/ as it lies in an installed wheel, or at the top of the checkout."""
     installed = Path(__file__).parent / "conf"
@@ -165,7 +182,7 @@ def _understand(text: str, config_dir: str | None) -> Choice | Problem:
     field, _, value = text.partition("=")
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException:
+    except (HydraException, RecursionError):
         fix = "write key=value; quote a value that has spaces or any of ,{}[]() in it: 'key=\"a value\"'"
         reason = "isn't an override that Hydra's grammar can read" if "=" in text else "has no '=' and no value"
         return Problem(field, value, reason, fix)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from moetrain.config import STRICT, AboutPart, Part
-from moetrain.problems import field_problems, nearest
+from moetrain.problems import MISSING, field_problems, nearest
 from moetrain.types import ConfigError, Problem
 
 TARGET, ABOUT = "_target_", "_about_"
@@ -36,6 +36,8 @@ def resolve(target: str, allow: Sequence[str]) -> type:
     path, _, name = target.rpartition(".")
     if not _within(path, allow):
         raise _refusal(target, "lies outside of moetrain and machine.allow_modules", _permission(target))
+    if not all(part.isidentifier() and not part.startswith("__") for part in target.split(".")):
+        raise _refusal(target, "is no dotted path of plain names", "write package.module.Class")
     module = _import(target, path)
     found = getattr(module, name, None)
     if not inspect.isclass(found):
@@ -63,7 +65,7 @@ def build(part: Part, allow: Sequence[str], **context: object) -> Any:
 
 def parameters(found: type, part: Part, context_names: Collection[str]) -> dict[str, Any]:
     """The user's parameters of a part that has no problems, defaults filled in."""
-    own = json.dumps({key: value for key, value in part.items() if key not in (TARGET, ABOUT)})
+    own = json.dumps({k: value for k, value in part.items() if k not in (TARGET, ABOUT) and value != MISSING})
     checked: Any = TypeAdapter(_schema(found, context_names)).validate_json(own, strict=True)
     return {field.name: getattr(checked, field.name) for field in dataclasses.fields(checked)}
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moetrain.checks import ep_size_of, traits_of
+from moetrain.checks import ep_size_of, fitted, refit, traits_of
 from moetrain.config import BalanceConfig, CapacityConfig, Config
 from moetrain.data import load_tokenizer, prepare
 from moetrain.models.block import is_moe_layer
@@ -44,6 +44,11 @@ class Plan:
     exchange_note: str
     notes: tuple[str, ...]
 
+    @property
+    def start_bytes(self) -> int:
+        """The model is built whole, in fp32, before ZeRO takes its share of it: that can be the higher peak."""
+        return 4 * (self.local_dense + self.local_experts)
+
 
 def vocab_size_of(config: Config) -> int:
     """``model.vocab_size``, or that of the tokenizer which the data section names (prepared bins bring their own).
@@ -63,6 +68,7 @@ def vocab_size_of(config: Config) -> int:
 
 def make_plan(config: Config, world_size: int) -> Plan:
     """Work it out from the configuration; nothing is built."""
+    refitted, config = refit(config, world_size), fitted(config, world_size)
     ep_size = ep_size_of(config, world_size)
     size = size_report(config, vocab_size_of(config))
     dense, experts = size.total - size.routed, size.routed // ep_size
@@ -87,7 +93,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         balance_of(config),
         _active_note(config),
         _exchange_note(config),
-        (*_units_note(config), *_ragged_note(config), *_peeking_note(config)),
+        (*_refit_note(refitted), *_units_note(config), *_ragged_note(config), *_peeking_note(config)),
     )
 
 
@@ -116,6 +122,7 @@ def dry_run(config: Config, world_size: int, rank: int = 0) -> int:
     stands in for it, which moves the same bytes. Returns the number of parameters of this rank.
     """
     even = CapacityConfig(factor_train=1.0, factor_eval=1.0)
+    config = fitted(config, world_size)
     config = replace(config, dispatch=PADDED, capacity=even, engine=replace(config.engine, recompute=False))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -178,6 +185,11 @@ def _exchange_note(config: Config) -> str:
     return ", ".join(said)
 
 
+def _refit_note(refitted: str) -> list[str]:
+    """What run.elastic has changed."""
+    return [refitted.replace("elastic: ", "elastic         ")] if refitted else []
+
+
 def _units_note(config: Config) -> list[str]:
     """What coefficients that were copied from elsewhere become."""
     given, ours = config.balance, balance_of(config)
@@ -217,9 +229,9 @@ def _peeking_note(config: Config) -> list[str]:
 
 
 def _start_note(plan: Plan) -> str:
-    """The model is built whole, in fp32, before ZeRO takes its share of it: that can be the higher peak."""
-    start_bytes = 4 * (plan.local_dense + plan.local_experts)
-    return f"; {start_bytes / GIB:.2f} GiB while it starts" if start_bytes > plan.state_bytes else ""
+    """Where starting takes more than training."""
+    more = plan.start_bytes > plan.state_bytes
+    return f"; {plan.start_bytes / GIB:.2f} GiB while it starts" if more else ""
 
 
 def _short(number: int) -> str:

@@ -46,8 +46,23 @@ def field_problems(section: str, schema: type, raw: object) -> list[Problem]:
     try:
         TypeAdapter(schema).validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
-        return [_translate(section, schema, dict(details)) for details in error.errors(include_url=False)]
+        found = [dict(details) for details in error.errors(include_url=False)]
+        if all(details["loc"] for details in found):
+            return [_translate(section, schema, details) for details in found]
+        return _unreadable(section, given)
     return []
+
+
+def _unreadable(section: str, given: Mapping[str, Any]) -> list[Problem]:
+    """Keys and values that no JSON can hold: half of a surrogate pair, say, or lists in lists without end."""
+    found = []
+    for key, value in given.items():
+        try:
+            TypeAdapter(Any).validate_json(json.dumps({key: value}))
+        except ValidationError as error:
+            reason = f"can't be read: {error.errors(include_url=False)[0]['msg']}"
+            found.append(Problem(f"{section}.{key}", value, reason, "write plain text, numbers, lists of them"))
+    return found
 
 
 def typed(value: object) -> str:
@@ -80,7 +95,9 @@ def report(problems: Iterable[Problem]) -> str:
     listed = list(problems)
     count = "1 problem" if len(listed) == 1 else f"{len(listed)} problems"
     entries = [f"  {p.field} = {typed(p.value)}\n      why: {p.reason}\n      fix: {p.fix}\n" for p in listed]
-    return "\n".join([f"moetrain: {count} in the configuration\n", *entries])
+    at_start = all(p.field.startswith("preflight.") for p in listed)
+    where = "found before the first step" if at_start else "in the configuration"
+    return "\n".join([f"moetrain: {count} {where}\n", *entries])
 
 
 def _translate(section: str, schema: type, details: dict[str, Any]) -> Problem:

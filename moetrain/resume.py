@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from moetrain import checkpoint
-from moetrain.checkpoint import NoneWhole, Source
+from moetrain.checkpoint import Keep, NoneWhole, SavedBy, Saver, Source
 from moetrain.config import Config
 from moetrain.monitor.runfolder import RunFolder
+from moetrain.ops.kernels import GemmName, fastest_gemm
+from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import ConfigError, Problem
 
+log = logging.getLogger(__name__)
 AS_SAVED = "start it with the model and the optimiser it was saved with, or name another run.id"
 
 
@@ -35,6 +40,14 @@ def find_source(config: Config, folder: RunFolder, mesh: Mesh, corpus: str) -> S
     return found
 
 
+def make_saver(config: Config, mesh: Mesh, folder: RunFolder) -> Saver:
+    """Of the checkpoints to come."""
+    train, engine = config.train, config.engine
+    saved_by = SavedBy(mesh.world_size, mesh.ep_size, engine.name, engine.zero_stage, mesh.device.type)
+    keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
+    return Saver(folder.checkpoints, mesh, saved_by, keep, background=train.async_checkpoint)
+
+
 def restore_generators(found: Source, mesh: Mesh, seed: int) -> str:
     """As saved where the world is the same, else anew from seed and step. Returns what is to be said of it."""
     saved_by = found.manifest.saved_by
@@ -45,6 +58,17 @@ def restore_generators(found: Source, mesh: Mesh, seed: int) -> str:
     return (
         f"saved by {saved_by.world_size} ranks on {saved_by.device}: random generators start anew, from seed and step"
     )
+
+
+def choose_gemm(mesh: Mesh, found: Source | None) -> GemmName:
+    """What the run has used so far on this kind of device, else the fastest of rank 0, on every rank: a resumed run and
+    replicas round alike.
+    """
+    known = found is not None and found.manifest.saved_by.device == mesh.device.type
+    name = found.extra["gemm"] if found is not None and known else fastest_gemm(mesh.device)
+    name = broadcast_text(name, mesh.world_group)
+    log.info("matrix products by %s", name)
+    return "onednn" if name == "onednn" else "torch"
 
 
 def cannot_resume(config: Config, reason: str, fix: str) -> ConfigError:

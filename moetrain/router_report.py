@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from moetrain.checks import CONTEXT, traits_of
+from moetrain.checks import CONTEXT, fitted, traits_of
 from moetrain.compose import Composed, option_values
 from moetrain.config import BalanceConfig, Config
 from moetrain.moe.capacity import slots_per_expert
@@ -76,7 +76,7 @@ def _evened(config: Config, traits: RouterTraits) -> str:
 
 def _slots(config: Config, traits: RouterTraits, world_size: int) -> list[str]:
     """Of an expert in training and in evaluation, for whole micro-batches."""
-    capacity, train = config.capacity, config.train
+    capacity, train = config.capacity, fitted(config, world_size).train
     sequences = {"rank": train.micro_batch, "global": train.micro_batch * world_size, "sequence": 1}[capacity.scope]
     tokens, num_experts = sequences * config.model.context, config.experts.num_experts
     fair = traits.experts_per_token * tokens / num_experts

@@ -103,11 +103,11 @@ def doctor(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     run = run_folder(parsed.run)
     from moetrain.monitor.history import read_history
-    from moetrain.monitor.rounds import examine, findings_json, findings_text
+    from moetrain.monitor.rounds import examine, findings_json, findings_text, num_heard
 
     history = read_history(run)
     found = examine(history)
-    print((findings_json if parsed.json else findings_text)(history, found))
+    print((findings_json if parsed.json else findings_text)(history, found, num_heard(history)))
     return int(parsed.strict and any(one.at_end for one in found))
 
 
@@ -127,7 +127,7 @@ def report(arguments: list[str]) -> int:
 
 def top(arguments: list[str]) -> int:
     parser = RunParser("top", "Show the newest expert load of a run in the terminal until it is over, or Ctrl-C.")
-    parser.add_argument("--once", action="store_true", help="show it once and leave")
+    parser.add_argument("--once", action="store_true", help="show it once and leave, as where there is no terminal")
     parsed = parser.parse_args(arguments)
     run = run_folder(parsed.run)
     from rich.console import Console

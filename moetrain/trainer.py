@@ -9,12 +9,12 @@ from time import perf_counter
 import torch
 
 from moetrain import checkpoint
-from moetrain.checkpoint import VALIDATION, Keep, SavedBy, Saver, Source
+from moetrain.checkpoint import VALIDATION, Source
 from moetrain.config import Config
 from moetrain.control import Control
 from moetrain.data import Corpus, Loader
 from moetrain.engine import make_engine
-from moetrain.health import BadStep, Guard, Leave, Rollbacks, Unstable
+from moetrain.health import BadStep, Guard, Leave, Left, Replicas, Rollbacks, Unstable, Watchdog
 from moetrain.models.decoder import Decoder
 from moetrain.models.generate import generate
 from moetrain.monitor.gradient_ratio import gradient_ratios
@@ -22,12 +22,12 @@ from moetrain.monitor.memory import measure_memory
 from moetrain.monitor.recorder import CorpusFacts, Recorder
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.monitor.window import Window, WindowMeans
-from moetrain.ops.kernels import GemmName, fastest_gemm, make_kernels
+from moetrain.ops.kernels import make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.optim import lr_at
-from moetrain.parallel.collectives import broadcast_text
+from moetrain.parallel.collectives import barrier
 from moetrain.parallel.mesh import Mesh
-from moetrain.resume import AS_SAVED, cannot_resume, find_source, restore_generators
+from moetrain.resume import AS_SAVED, cannot_resume, choose_gemm, find_source, make_saver, restore_generators
 from moetrain.types import Batch
 
 log = logging.getLogger(__name__)
@@ -38,17 +38,21 @@ CONTROL, GUARD = "control", "guard"
 class Trainer:
     """Trains one model on one corpus; every rank of the mesh has one, and all make the same calls."""
 
-    def __init__(self, config: Config, mesh: Mesh, corpus: Corpus, folder: RunFolder) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, corpus: Corpus, folder: RunFolder, leave: Leave, watchdog: Watchdog
+    ) -> None:
         train = config.train
         self.config, self.mesh, self.corpus, self.folder = config, mesh, corpus, folder
         self.accumulation = train.global_batch // (mesh.world_size * train.micro_batch)
         torch.manual_seed(config.run.seed + mesh.rank)
         self.timeline = Timeline(mesh.device, enabled=config.monitor.timing)
         found = find_source(config, folder, mesh, corpus.fingerprint)
-        self.gemm = _gemm(mesh, found)
+        self.gemm = choose_gemm(mesh, found)
         self.vocab_size = config.model.vocab_size or corpus.vocab_size
         self.model = Decoder(config, mesh, self.vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
+        self.model.count_domains(len(corpus.domains))
         self.engine = make_engine(config, self.model, mesh, self.accumulation)
+        self.watchdog, self.replicas = watchdog, Replicas(config, self.engine, mesh)
         self.control = Control(config, self.model, self.engine, mesh)
         self.loader = Loader(
             corpus=corpus,
@@ -61,11 +65,11 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         self.window = Window(mesh)
-        self.guard = Guard(config.health, mesh, Leave(folder.stop, mesh.is_main))
-        self.rollbacks = Rollbacks(folder.rollbacks, mesh.is_main, lambda text: broadcast_text(text, mesh.world_group))
-        self.saver = _saver(config, mesh, folder)
+        self.guard = Guard(config.health, mesh, leave)
+        self.rollbacks = Rollbacks(folder, mesh, config.health.max_rollbacks)
+        self.saver = make_saver(config, mesh, folder)
         self.skipped = self.told = 0
-        self.loss = 0.0
+        self.left: Left | None = None
         self.validated: tuple[int, float] | None = None
         self.start = 0 if found is None else self._restore(found)
         self.recorder = (
@@ -77,8 +81,8 @@ class Trainer:
                 self.recorder.alarm(self.start, f"a newer checkpoint can not be used, {damaged}")
 
     def fit(self) -> bool:
-        """Train from the step that was resumed to the last, then evaluate, save and report. Returns whether the loss of
-        the last window is finite, the same on every rank.
+        """Train from the step that was resumed to the last, then evaluate, save and report; or until a rank is asked to
+        leave, then save and report (``left``). Returns whether the last validation loss is finite, on every rank.
         """
         train = self.config.train
         self.timeline.drain()
@@ -91,23 +95,32 @@ class Trainer:
             if self.recorder is not None:
                 self.recorder.tick(done, perf_counter() - began)
             if last or _due(done, self.config.monitor.log_every):
-                self._record(done, norm)
-            if last or _due(done, train.eval_every):
+                self._steer(done, self._record(done, norm))
+            if (last or _due(done, train.eval_every)) and not self.guard.leaves:
                 self._evaluate(done)
             self.saver.poll()
-            if (last and train.checkpoint_every) or _due(done, train.checkpoint_every):
+            due = self.guard.saves or _due(done, train.checkpoint_every) or (last and train.checkpoint_every > 0)
+            if report := self.replicas.report(done, saves=due or self._leaves(done)):
+                raise self._unstable(done, report)
+            if due or self._leaves(done):
                 self._save(done)
-            if last:
+            if due:
+                self.guard.hear()
+            if last or self._leaves(done):
                 self.saver.finish()
             self._tell_failures(done)
+            if self._leaves(done):
+                self._leave(done, norm)
+                break
             step = self._roll_back(done) if self.guard.goes_back else done
         self._close()
-        return math.isfinite(self.loss)
+        return self.validated is None or math.isfinite(self.validated[1])
 
     def _step(self, step: int) -> float:
         """One optimiser step, or none if it is bad; returns the gradient norm before clipping."""
         outputs = []
         for micro in range(self.accumulation):
+            self.watchdog.beat("step", step + 1)
             outputs.append(self.engine.forward_backward(self._batch(step, micro)))
             self.model.commit_load()
         self.guard.cast(torch.stack([output.loss for output in outputs]).mean())
@@ -135,9 +148,8 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.skipped(bad.step, message)
 
-    def _record(self, done: int, norm: float) -> None:
+    def _record(self, done: int, norm: float) -> WindowMeans:
         means = self.window.reduce()
-        self.loss = means.loss
         phases = self.timeline.drain()
         ratios = self._gradient_ratios(done)
         if self.recorder is not None:
@@ -145,6 +157,9 @@ class Trainer:
             numbers = {"train/grad_norm": norm, "train/lr": lr, "train/skipped_steps": float(self.skipped)}
             numbers |= self.control.numbers() | ratios
             self.recorder.window(done, means, numbers, self.model.router_numbers(), phases)
+        return means
+
+    def _steer(self, done: int, means: WindowMeans) -> None:
         for action in self.control.act(done, means):
             log.info("after step %d: %s", done, action.message)
             if self.recorder is not None:
@@ -160,20 +175,40 @@ class Trainer:
         return ratios
 
     def _evaluate(self, done: int) -> None:
-        """Mean over ``eval_batches`` global batches of validation windows, the same at every world size."""
+        """Mean over ``eval_batches`` global batches of validation windows, the same at every world size; nothing if a
+        rank is asked to leave meanwhile.
+        """
         means = self._validation()
         self.timeline.drain()
+        if means is None:
+            return
         self.validated = (done, means.lm)
         if self.recorder is not None:
             self.recorder.validation(done, means)
 
-    def _validation(self) -> WindowMeans:
+    def _validation(self) -> WindowMeans | None:
         window = Window(self.mesh)
         for index in range(self.config.train.eval_batches * self.accumulation):
+            self.watchdog.beat("evaluation")
+            if self.guard.hear():
+                return None
             window.add(self.engine.evaluate(self.loader.validation(index)))
         return window.reduce()
 
+    def _leaves(self, done: int) -> bool:
+        """Whether all ranks leave after step ``done``: the last is left anyway, and what was bad is undone before."""
+        return self.guard.leaves and done < self.config.train.steps and not self.guard.goes_back
+
+    def _leave(self, done: int, norm: float) -> None:
+        """Step ``done`` is saved, if the disk was willing. A window that is cut short steers nothing."""
+        if not _due(done, self.config.monitor.log_every):
+            self._record(done, norm)
+        self.left = self.guard.left(done)
+        if self.recorder is not None:
+            self.recorder.event(done, "leave", self.left.reason, {})
+
     def _save(self, done: int) -> None:
+        self.watchdog.beat("save")
         extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint, "vocab_size": self.vocab_size}
         extra |= {CONTROL: self.control.state(), GUARD: self.guard.state()}
         if self.validated is not None and self.validated[0] == done and math.isfinite(self.validated[1]):
@@ -201,15 +236,14 @@ class Trainer:
         return found.step
 
     def _roll_back(self, done: int) -> int:
-        """From the newest checkpoint, past all batches up to those of step ``done``. Returns its step."""
+        """From a checkpoint before the bad steps, past all batches up to those of step ``done``. Returns its step."""
         self.saver.finish()
         told = "\n".join(f"  step {one.step}: {one.reason}; {self._samples_of(one.step)}" for one in self.guard.bad)
         report = f"{len(self.guard.bad)} bad steps in a row:\n{told}"
-        if self.rollbacks.num_done >= self.config.health.max_rollbacks:
-            raise self._unstable(done, f"{report}\nthe run has gone back {self.rollbacks.num_done} times already")
-        found = find_source(self.config, self.folder, self.mesh, self.corpus.fingerprint)
-        if found is None:
-            raise self._unstable(done, f"{report}\nthere is no checkpoint to go back to (train.checkpoint_every)")
+        try:
+            found = self.rollbacks.source(self.guard.bad[0].step)
+        except Unstable as error:
+            raise self._unstable(done, f"{report}\n{error}") from error
         step = self._restore(found)
         self.rollbacks.jump(step, done)
         self.window, self.validated = Window(self.mesh), None
@@ -220,7 +254,8 @@ class Trainer:
 
     def _unstable(self, done: int, report: str) -> Unstable:
         if self.recorder is not None:
-            self.recorder.alarm(done, f"THE RUN HAS STOPPED: {report}")
+            self.recorder.stop(done, f"THE RUN HAS STOPPED: {report}")
+        barrier(self.mesh.world_group)  # whoever is gone first takes the others with it
         return Unstable(report)
 
     def _samples_of(self, step: int) -> str:
@@ -231,14 +266,15 @@ class Trainer:
 
     def _close(self) -> None:
         """Raises OSError if the last checkpoint, which holds what the run was for, could not be written."""
-        sample = self._sample()
+        sample = self._sample() if self.left is None else None
         memory = measure_memory(self.engine, self.mesh)
         if self.recorder is not None:
-            if not math.isfinite(self.loss):
-                self.recorder.alarm(self.config.train.steps, f"THE RUN HAS FAILED: its last loss is {self.loss}")
+            if self.validated is not None and not math.isfinite(loss := self.validated[1]):
+                self.recorder.alarm(self.validated[0], f"THE RUN HAS FAILED: its last validation loss is {loss}")
             self.recorder.close(sample, memory, checkpoint.latest(self.folder.checkpoints))
         if self.saver.failure:
-            raise OSError(f"the run is done, but its last {self.saver.failure}")
+            what = "run is done" if self.left is None else "run was left"
+            raise OSError(f"the {what}, but its last {self.saver.failure}")
 
     def _sample(self) -> str | None:
         num_tokens = self.config.train.sample_tokens
@@ -251,27 +287,10 @@ class Trainer:
         return self.corpus.tokenizer.decode(tokens[:end]).strip()
 
 
-def _saver(config: Config, mesh: Mesh, folder: RunFolder) -> Saver:
-    train, engine = config.train, config.engine
-    saved_by = SavedBy(mesh.world_size, mesh.ep_size, engine.name, engine.zero_stage, mesh.device.type)
-    keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
-    return Saver(folder.checkpoints, mesh, saved_by, keep, background=train.async_checkpoint)
-
-
-def _gemm(mesh: Mesh, found: Source | None) -> GemmName:
-    """What the run has used so far on this kind of device, else the fastest of rank 0, on every rank: a resumed run and
-    replicas round alike.
-    """
-    known = found is not None and found.manifest.saved_by.device == mesh.device.type
-    name = found.extra["gemm"] if found is not None and known else fastest_gemm(mesh.device)
-    name = broadcast_text(name, mesh.world_group)
-    log.info("matrix products by %s", name)
-    return "onednn" if name == "onednn" else "torch"
-
-
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
 def _facts(corpus: Corpus, vocab_size: int) -> CorpusFacts:
-    return CorpusFacts(vocab_size, corpus.unigram_entropy, corpus.bigram_entropy, corpus.bytes_per_token)
+    entropies = corpus.unigram_entropy, corpus.bigram_entropy
+    return CorpusFacts(vocab_size, *entropies, corpus.bytes_per_token, corpus.domains)

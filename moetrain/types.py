@@ -24,16 +24,19 @@ class Batch:
     """One micro-batch of this rank.
 
     tokens_BS, targets_BS: int64, targets already shifted by one. ``document_BS``: int64, equal inside one document;
-    None where attention may cross document borders.
+    None where attention may cross document borders. ``domain_BS``: int64, the number of the domain that a token comes
+    from; None where the corpus names none.
     """
 
     tokens_BS: Tensor
     targets_BS: Tensor
     document_BS: Tensor | None = None
+    domain_BS: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         document_BS = None if self.document_BS is None else self.document_BS.to(device)
-        return Batch(self.tokens_BS.to(device), self.targets_BS.to(device), document_BS)
+        domain_BS = None if self.domain_BS is None else self.domain_BS.to(device)
+        return Batch(self.tokens_BS.to(device), self.targets_BS.to(device), document_BS, domain_BS)
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,20 @@ class ModelOutput:
 class LoadCounts:
     """Expert load of this rank since the last ``take()``: int64. Zero-compute experts are not counted.
 
-    assigned_LE: assignments before dropping. kept_LE: after dropping.
+    assigned_LE: assignments before dropping. kept_LE: after dropping. domain_LDE: before dropping, by the domain of the
+    token; None where the corpus names none.
     """
 
     assigned_LE: Tensor
     kept_LE: Tensor
+    domain_LDE: Tensor | None = None
+
+    def plus(self, other: LoadCounts) -> LoadCounts:
+        """Both together."""
+        domain_LDE = None
+        if self.domain_LDE is not None and other.domain_LDE is not None:
+            domain_LDE = self.domain_LDE + other.domain_LDE
+        return LoadCounts(self.assigned_LE + other.assigned_LE, self.kept_LE + other.kept_LE, domain_LDE)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["moetrain.engine.deepspeed", "moetrain.trainer", "transformers"]
+PRELOAD = ["moetrain.engine.deepspeed", "moetrain.train", "torch._dynamo", "transformers"]
 
 
 def _main(rank: int, world: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:

@@ -92,6 +92,14 @@ def test_a_manifest_can_not_lead_out_of_its_folder(tmp_path: Path) -> None:
         Source(path)
 
 
+def test_a_link_can_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    path = two(tmp_path)
+    (path / FILE).rename(tmp_path / "outside")
+    (path / FILE).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="is a link, and may lead out"):
+        Source(path)
+
+
 def test_a_file_that_is_no_part_of_it_is_named_and_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = two(tmp_path)
     shutil.copy(path / FILE, path / "rank_00001.safetensors")  # of a save on more ranks, say

@@ -56,7 +56,7 @@ def test_the_aux_coefficient_follows_max_vio() -> None:
     aux = AuxCoefficient(ControlConfig(aux_min=0.005, aux_max=0.02, aux_step=1.5), 0.5, model)
     (action,) = aux.act(seen([[30, 10, 0, 0]]))  # MaxVio 2
     assert (action.data["old"], action.data["new"]) == (0.01, pytest.approx(0.015))
-    assert "MaxVio is 2" in action.message
+    assert "MaxVio is 2, the target 0.5 within 0.005 to 0.02" in action.message
     assert aux.act(seen([[15, 10, 10, 5]])) == []
     aux.act(seen([[30, 10, 0, 0]]))
     assert model.balance.balance_coef == 0.02
@@ -72,7 +72,7 @@ def test_the_capacity_factor_follows_the_drops() -> None:
     capacity = CapacityFactor(ControlConfig(capacity_max=1.3, capacity_step=1.2), 0.1, model, 1.0)
     (action,) = capacity.act(seen([[20, 20]], [[10, 20]]))  # a quarter was dropped
     assert action.data["new"] == pytest.approx(1.2)
-    assert "25.00% were dropped" in action.message
+    assert "25.00% were dropped, the target is 10.00% within 1 to 1.3" in action.message
     layer = model.moe_layers()[-1].capacity.train()
     assert layer._slots(80, 1) == 24  # 2 of 8 experts for 80 tokens, times 1.2
     assert layer.eval()._slots(80, 1) is None

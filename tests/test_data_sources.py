@@ -36,7 +36,7 @@ def write_parquet(path: Path, texts: list[str | None], field: str = "text") -> P
 
 
 def documents(**data) -> list[str]:
-    return list(open_source(DataConfig(**data)).documents())
+    return [raw.text for raw in open_source(DataConfig(**data)).documents()]
 
 
 def test_text_takes_every_text_file_below_a_folder_in_order(tmp_path):

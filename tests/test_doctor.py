@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from moetrain.cli import main
-from moetrain.monitor.doctor import NAMES, diagnose
+from moetrain.monitor.balance import summarise
+from moetrain.monitor.doctor import NAMES, RULES, diagnose
 from moetrain.monitor.events import read_events
 from moetrain.monitor.history import read_history
-from moetrain.monitor.jsonl import STEP
+from moetrain.monitor.jsonl import STEP, read_metrics
 from moetrain.monitor.recorder import CorpusFacts, Recorder
 from moetrain.monitor.rounds import Rounds, examine, findings, spoken
 from moetrain.monitor.runfolder import RunFolder
@@ -109,8 +110,28 @@ def test_a_collapse_counts_from_the_experts_that_k_choices_must_use() -> None:
         assert names(windows({"effective_experts": well}), facts) == set()
 
 
-def test_dead_experts_of_a_collapsed_layer_are_not_told_beside_it() -> None:
-    assert names(windows({"effective_experts": 2.0, "dead_running": 6.0}, 2)) == {("collapse", 2)}
+def test_a_layer_all_of_whose_experts_are_chosen_can_not_collapse() -> None:
+    """exp(entropy) of an even load is less than E by rounding for half of all E."""
+    for num_experts in range(1, 33):
+        counts_LE = torch.full((1, num_experts), 1000)
+        even = summarise(LoadCounts(counts_LE, counts_LE), 1, [0]).effective_experts_min
+        facts = Facts(num_experts, num_experts, 0.0, "", has_bias=False, dropless=True, ep_size=1, warmup_steps=0)
+        assert names(windows({"effective_experts": even}), facts) == set()
+
+
+def test_the_dead_are_those_of_all_windows_though_a_start_knows_of_one_only() -> None:
+    rows = windows({"dead_running": 1.0}, 1)
+    rows[-1]["moe/layer_01/dead_running"] = 5.0
+    (found,) = diagnose(signs_of(rows, NAMES, FACTS))
+    assert found.evidence == "1 of 8 experts got no token in the last windows"
+
+
+def test_dead_experts_of_a_collapsed_layer_are_not_told_beside_it_but_shall_be_revived() -> None:
+    (found,) = diagnose(signs_of(windows({"effective_experts": 2.0, "dead_running": 6.0}, 2), NAMES, FACTS))
+    assert (found.name, found.layer) == ("collapse", 2)
+    assert found.remedy == "raise it, and revive the experts that no token reaches (control=revive)"
+    (found,) = diagnose(signs_of(windows({"effective_experts": 2.0}, 2), NAMES, FACTS))
+    assert found.remedy == "raise it"
 
 
 def test_rising_is_not_collapsed_and_drops_that_lessen_are_excused_if_there_are_not_too_many() -> None:
@@ -170,6 +191,8 @@ def test_facts_come_from_the_config() -> None:
     noisy = tiny(router={"_target_": "moetrain.moe.routers.noisy_topk.NoisyTopKRouter"})
     assert "router.importance_coef (now 0.1)" in facts_of(noisy, 1).more_balance
     assert "balance=default" in facts_of(tiny(balance__balance_coef=0.0), 1).more_balance
+    followed = facts_of(tiny(balance__balance_coef=0.02, control__target_max_vio=0.5, control__aux_max=0.3), 1)
+    assert followed.more_balance == "lower control.target_max_vio (now 0.5) or raise control.aux_max (now 0.3)"
 
 
 def test_the_recorder_tells_it_as_an_event_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +211,21 @@ def test_the_recorder_tells_it_as_an_event_and_a_line(tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("collapse in layer 1") == 1
 
 
+def test_windows_that_a_run_went_back_over_are_in_no_running_number(tmp_path: Path) -> None:
+    config = tiny(train__steps=300, monitor__progress=False, model__first_dense=1)
+    recorder = Recorder(config, alone(), CorpusFacts(64, 4.0, 3.0, 4.0), RunFolder(tmp_path), 0)
+    for done, counts in ((10, [500, 500, *[0] * 6]), (20, [125] * 8)):
+        counts_LE = torch.tensor([counts])
+        recorder.tick(done, 0.1)
+        means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(counts_LE, counts_LE), gauges_with())
+        recorder.window(done, means, {}, [{}], {})
+        if done == 10:
+            recorder.go_back(0, "back to step 0")
+    recorder.close(None, (), None)
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row[STEP], row["balance/max_vio_running"], row["balance/churn"]) == (20, 0.0, 0.0)
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     for name in ("healthy", "collapsing"):
@@ -198,6 +236,26 @@ def runs(tmp_path: Path) -> Path:
 def test_the_command_on_a_healthy_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(runs / "healthy"), "--strict"]) == 0
     assert capsys.readouterr().out == "healthy: step 400 of 400\nhealthy: nothing is wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("done", "heard", "verdict"),
+    [
+        (0, 0, "no verdict"),
+        (90, 0, "no verdict"),
+        (120, 4, "healthy so far: nothing is wrong by 4 of 10 rules, the others"),
+        (400, 10, "healthy: nothing is wrong"),
+    ],
+)
+def test_no_verdict_on_a_run_too_short_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], done: int, heard: int, verdict: str
+) -> None:
+    run = write_run(tmp_path, "healthy", Shape(done=done))
+    assert main(["doctor", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(verdict)
+    main(["doctor", str(run), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["healthy"], told["rules_heard"], told["rules"]) == (True if heard else None, heard, len(RULES))
 
 
 def test_the_command_on_a_collapsing_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from moetrain.monitor import heatmap, page_data
 from moetrain.monitor.charts import CHARTS, MAX_POINTS, points
+from moetrain.monitor.domains import domain_numbers
 from moetrain.monitor.events import Event
 from moetrain.monitor.expert_load import LoadWindow
 from moetrain.monitor.history import Series, read_history
@@ -266,6 +267,7 @@ def test_thinned_curves_keep_their_peaks_their_ends_and_their_gaps():
 def test_every_curve_is_a_metric_that_is_logged(runs):
     """A curve whose name nobody logs would be missing from every page without a word."""
     logged = read_history(runs / "healthy").series.keys() | {"train/own_loss"}
+    logged |= domain_numbers(np.ones((1, 2, 4), dtype=np.int64), [0]).keys()
     assert {curve.name for chart in CHARTS for curve in chart.curves} <= logged
 
 

@@ -14,6 +14,8 @@ from rich.console import Console
 
 from moetrain.cli import main
 from moetrain.inspect.command import Asked, inspect
+from moetrain.inspect.corpus import ExpertProfile
+from moetrain.inspect.corpus_table import LEGEND, bars
 from moetrain.inspect.loaded import Loaded, load
 from moetrain.inspect.observe import observe
 from moetrain.inspect.text import LayerRoutes, shown, text_routes
@@ -221,3 +223,9 @@ PROBE = """(() => {
     walk: id("steps").textContent,
   };
 })()"""
+
+
+def test_the_bar_of_the_fair_share_is_the_one_that_the_legend_says() -> None:
+    profile = ExpertProfile(0, 1.0, None, (0.0, 1.0, 2.0, 5.0, None), (), (), ())
+    assert bars(profile) == "▁▄▇▇?"
+    assert "from ▁ none over ▄ fair to ▇ twice the fair share or more" in LEGEND

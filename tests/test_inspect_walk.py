@@ -136,21 +136,23 @@ def made_up(expert_TK: Tensor, valid_TK: Tensor | None, kept_TK: Tensor, tokens_
 def test_a_tally_counts_what_a_loop_counts() -> None:
     """Two micro-batches of two sequences of eight, some entries no assignments, some dropped."""
     generator = torch.Generator().manual_seed(0)
-    tally, ids = Tally(4, torch.tensor([2, 5, 9]), 8), [2, 5, 9]
+    tally, ids = Tally(4, torch.tensor([2, 5, 9]), 8, 3), [2, 5, 9]
     expected: dict[str, Tensor] = {name: torch.zeros(*shape, dtype=torch.int64) for name, shape in {
-        "token_UE": (3, 4), "position_PE": (8, 4), "together_EE": (4, 4), "assigned_E": (4,), "kept_E": (4,),
+        "token_UE": (3, 4), "domain_DE": (3, 4), "position_PE": (8, 4), "together_EE": (4, 4), "assigned_E": (4,), "kept_E": (4,),
         "occurred_U": (3,)}.items()}  # fmt: skip
     for _ in range(2):
         expert_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(16)])
         valid_TK = torch.rand(16, 2, generator=generator) < 0.8
         kept_TK = valid_TK & (torch.rand(16, 2, generator=generator) < 0.7)
         tokens_BS = torch.tensor(ids)[torch.randint(0, 3, (2, 8), generator=generator)]
-        tally.add(made_up(expert_TK, valid_TK, kept_TK, tokens_BS))
+        domain_BS = torch.randint(0, 3, (2, 8), generator=generator)
+        tally.add(made_up(expert_TK, valid_TK, kept_TK, tokens_BS), domain_BS)
         for t, token in enumerate(tokens_BS.flatten().tolist()):
             chosen = [int(e) for e, valid in zip(expert_TK[t], valid_TK[t], strict=True) if valid]
             expected["occurred_U"][ids.index(token)] += 1
             for e in chosen:
                 expected["token_UE"][ids.index(token), e] += 1
+                expected["domain_DE"][domain_BS.flatten()[t], e] += 1
                 expected["position_PE"][t % 8, e] += 1
                 expected["assigned_E"][e] += 1
                 for other in chosen:

@@ -65,6 +65,10 @@ def test_resolve_finds_classes_of_moetrain_and_of_allowed_packages() -> None:
         ("moetrain.moe.routers.base.Ruter", "has no class 'Ruter'"),
         ("moetrain.moe.routers.bas.Router", "there is no module moetrain.moe.routers.bas"),
         ("Good", "lies outside of moetrain"),
+        ("moetrain.cli.os.system", "there is no module"),
+        ("moetrain.__main__.code", "is no dotted path of plain names"),  # an import of it would run the command
+        ("moetrain.parts.__class__", "is no dotted path of plain names"),
+        ("moetrain..os.system", "is no dotted path of plain names"),
     ],
 )
 def test_resolve_refuses(target: str, reason: str) -> None:

@@ -15,18 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import torch
 
 import moetrain.checkpoint.store as store
 from moetrain.checkpoint.files import Written
 from moetrain.cli import main
 from moetrain.monitor.events import read_events
 from moetrain.monitor.jsonl import read_metrics
-from moetrain.monitor.runfolder import RunFolder
-from moetrain.parallel.mesh import mesh_of_world
-from moetrain.train import check_shared
-from moetrain.types import ConfigError
-from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 40
@@ -225,20 +219,3 @@ def test_a_mistake_is_told_once_and_leaves_nothing_behind(tmp_path: Path) -> Non
     assert "router.topk" in errors
     assert "train.global_batch" in errors
     assert not (tmp_path / "outputs").exists()
-
-
-def told_apart(rank: int, world: int, shared: str, own: str) -> str:
-    """What a rank hears when rank 1 looks into a folder of its own; "" when all see rank 0's."""
-    folder = RunFolder(Path(own if rank == 1 else shared))
-    try:
-        check_shared(folder, mesh_of_world(1, torch.device("cpu")))
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_a_run_folder_that_a_rank_does_not_see_is_refused_on_all_ranks(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
-    assert run_ranks(2, told_apart, str(tmp_path), str(tmp_path)) == ["", ""]
-    for text in run_ranks(2, told_apart, str(tmp_path), str(tmp_path / "elsewhere")):
-        assert "ranks [1] do not see" in text

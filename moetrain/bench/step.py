@@ -5,34 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter, process_time
 
 import torch
 
 from moetrain.bench.hf import HuggingFaceStep
-from moetrain.checks import ep_size_of
+from moetrain.bench.race import WARMUP, Sample, timed
+from moetrain.checks import ep_size_of, fitted
 from moetrain.config import Config
 from moetrain.data import Loader, prepare
 from moetrain.engine import make_engine
 from moetrain.models.decoder import Decoder
 from moetrain.ops.kernels import fastest_gemm, make_kernels
 from moetrain.ops.timeline import Timeline
-from moetrain.parallel.collectives import barrier, broadcast_text
+from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 from moetrain.types import Batch
 
-ROUNDS, WARMUP = 7, 2
+ROUNDS = 7
 GEMM_PHASES = ("attention", "experts", "vocabulary", "exchange")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One step of one contestant on this rank: seconds of wall clock (all ranks together) and of CPU (this rank)."""
-
-    wall: float
-    cpu: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,7 @@ def step_bench(config: Config) -> str | None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
     vocab_size = config.model.vocab_size or corpus.vocab_size
+    config = fitted(config, world_size)
     mesh = init_mesh(ep_size_of(config, world_size), config.machine)
     try:
         accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
@@ -96,26 +88,15 @@ def _race(config: Config, mesh: Mesh, vocab_size: int, batches: list[Batch]) -> 
     phases: dict[str, float] = {}
     for number in range(WARMUP + ROUNDS):
         timeline.drain()
-        mine = _timed(our_step, mesh)
+        mine = timed(our_step, mesh)
         found = timeline.drain()
-        other = _timed(lambda: peer.step(batches), mesh)
+        other = timed(lambda: peer.step(batches), mesh)
         if number >= WARMUP:
             ours.append(mine)
             theirs.append(other)
             phases = {name: phases.get(name, 0.0) + seconds / ROUNDS for name, seconds in found.items()}
     tokens = sum(batch.tokens_BS.numel() for batch in batches) * mesh.world_size
     return StepReport(ours, theirs, phases, tokens, gemm)
-
-
-def _timed(step: Callable[[], object], mesh: Mesh) -> Sample:
-    barrier(mesh.world_group)
-    wall, cpu = perf_counter(), process_time()
-    step()
-    if mesh.device.type != "cpu":
-        torch.accelerator.synchronize()
-    cpu = process_time() - cpu
-    barrier(mesh.world_group)
-    return Sample(perf_counter() - wall, cpu)
 
 
 def _text(report: StepReport, mesh: Mesh) -> str:
@@ -127,7 +108,7 @@ def _text(report: StepReport, mesh: Mesh) -> str:
         f" {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__},"
         f" products by {report.gemm}; {report.tokens} tokens a step, {len(report.ours)} interleaved rounds"
     ]
-    for name, kind in (("wall", "wall"), ("CPU of rank 0", "cpu")):
+    for name, kind in (("wall", "wall"), ("CPU, most", "cpu")):
         ours, peer = ([1e3 * getattr(sample, kind) for sample in side] for side in (report.ours, report.peer))
         mine, other = statistics.median(ours), statistics.median(peer)
         rows.append(

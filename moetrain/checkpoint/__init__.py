@@ -10,7 +10,7 @@ needs to be sent; its file system reader unpickles, and its files have no checks
 from __future__ import annotations
 
 from moetrain.checkpoint.find import NoneWhole, find, latest
-from moetrain.checkpoint.keep import VALIDATION, Keep
+from moetrain.checkpoint.keep import VALIDATION, Keep, remove_later
 from moetrain.checkpoint.manifest import SavedBy
 from moetrain.checkpoint.rng import generators, seed_generators, set_generators
 from moetrain.checkpoint.source import Source, load_weights
@@ -27,6 +27,7 @@ __all__ = [
     "generators",
     "latest",
     "load_weights",
+    "remove_later",
     "seed_generators",
     "set_generators",
 ]

@@ -21,12 +21,14 @@ class NoneWhole(ValueError):
     """There are checkpoints, and not one of them can be used; says what is wrong with each."""
 
 
-def find(folder: Path, mesh: Mesh) -> Source | None:
+def find(folder: Path, mesh: Mesh, before: int | None = None) -> Source | None:
     """The newest checkpoint in ``folder`` that verifies; those that do not are named in the log. Collective.
 
-    None if there is none at all. Raises NoneWhole, on every rank, if there are some and none verifies.
+    before: only those of earlier steps count. None if there is none at all. Raises NoneWhole, on every rank, if there
+    are some and none verifies.
     """
-    names = broadcast_text("/".join(p.name for p in candidates(folder)), mesh.world_group)
+    found = [p.name for p in candidates(folder) if before is None or step_of(p) < before]
+    names = broadcast_text("/".join(found), mesh.world_group)
     wrong: list[str] = []
     for name in names.split("/") if names else []:
         source, problem = _verified(folder / name, mesh)

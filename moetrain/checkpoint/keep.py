@@ -44,6 +44,15 @@ def prune(folder: Path, new: Path, keep: Keep) -> None:
             remove(path)
 
 
+def remove_later(folder: Path, step: int) -> None:
+    """Remove what a run has saved after ``step`` before it went back there. What can not be removed is named in the
+    log.
+    """
+    for path in candidates(folder):
+        if step_of(path) > step:
+            remove(path)
+
+
 def remove_unfinished(folder: Path) -> None:
     """What a save that did not end has left. What can not be removed is named in the log."""
     for leftover in folder.glob("step_*.tmp"):

@@ -53,6 +53,8 @@ class Source:
                 raise ValueError(
                     f"{path / manifests.MANIFEST} names a file {name!r:.80}, which is none of a checkpoint"
                 )
+            if (path / name).is_symlink():
+                raise ValueError(f"{path / name} is a link, and may lead out of the checkpoint")
             size = (path / name).stat().st_size
             if size != written.bytes:
                 raise ValueError(f"{path / name} is damaged: {size} bytes where {written.bytes} were written")

@@ -137,4 +137,4 @@ class ControlConfig:
     bias_decay_from: float | None = Field(default=None, ge=0, lt=1)
     revive_after_steps: int | None = Field(default=None, gt=0)
     revive_max: int = Field(default=3, ge=1)
-    revive_noise: float = Field(default=0.1, gt=0)
+    revive_noise: float = Field(default=0.4, gt=0)

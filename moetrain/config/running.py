@@ -14,6 +14,7 @@ from moetrain.config.base import STRICT
 class RunConfig:
     """Where a run lives. ``root``/``id`` is one folder for all ranks; ``resume`` continues from its newest
     checkpoint. elastic: engine.ep_size and train.micro_batch are upper bounds, lowered to what fits the ranks.
+    With capacity.scope=rank or balance.scope=micro_batch the latter changes what is dropped and balanced.
     """
 
     id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")

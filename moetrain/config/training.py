@@ -44,7 +44,8 @@ class DataConfig:
 
     ``path``: the folder, file or data set name that the source reads; ``field``: the text column of jsonl, parquet and
     hub.
-    ``domain_field``: the column of jsonl, parquet and hub that names a document's domain, for usage by domain.
+    ``domain_field``: the column of jsonl, parquet and hub that names a document's domain, for expert usage by domain;
+    of text ``folder`` (the first one below ``path`` that a file lies in) or ``file``.
     ``tokenizer``: ``kjv`` (a small BPE that ships), ``byte``, or the path of a ``tokenizer.json``.
     """
 
@@ -67,6 +68,7 @@ class TrainConfig:
     Of checkpoints the newest ``keep_checkpoints`` stay, those of steps that are multiples of ``keep_every`` (0: none
     for that) and, with keep_best, the one with the lowest validation loss of those that were saved at a step with
     evaluation. async_checkpoint: a save stops training for a copy to the host only, and is written beside it.
+    A run that is asked to leave saves whatever ``checkpoint_every`` is, 0 included.
     """
 
     steps: int = Field(gt=0)

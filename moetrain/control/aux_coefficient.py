@@ -20,7 +20,8 @@ class AuxCoefficient:
     def act(self, seen: Seen) -> list[Action]:
         vio, old = seen.balance.max_vio_mean, self._value
         self._set(steered(old, vio / self._target, self._limits))
-        return changed("balance_coef", old, self._value, f"MaxVio is {vio:.3g}, the target {self._target:g}")
+        why = f"MaxVio is {vio:.3g}, the target {self._target:g} {self._limits}"
+        return changed("balance_coef", old, self._value, why)
 
     def state(self) -> dict[str, Any]:
         return {"value": self._value}

@@ -59,11 +59,16 @@ class Controller(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """low <= value <= high; one window changes it by at most a factor of ``step`` > 1."""
+    """low <= value <= high; one window changes it by at most a factor of ``step`` > 1, but brings it in at once where a
+    run starts it out of bounds.
+    """
 
     low: float
     high: float
     step: float
+
+    def __str__(self) -> str:
+        return f"within {self.low:g} to {self.high:g}"
 
 
 def steered(value: float, ratio: float, limits: Limits) -> float:

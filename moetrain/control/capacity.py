@@ -23,7 +23,7 @@ class CapacityFactor:
     def act(self, seen: Seen) -> list[Action]:
         dropped, old = seen.balance.drop_fraction, self._value
         self._set(steered(old, dropped / self._target, self._limits))
-        why = f"{dropped:.2%} were dropped, the target is {self._target:.2%}"
+        why = f"{dropped:.2%} were dropped, the target is {self._target:.2%} {self._limits}"
         return changed("capacity_factor", old, self._value, why)
 
     def state(self) -> dict[str, Any]:

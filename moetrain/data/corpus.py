@@ -9,6 +9,7 @@ from pathlib import Path
 from moetrain.config import DataConfig
 from moetrain.data.bins import VERSION, Corpus, open_bins
 from moetrain.data.build import build
+from moetrain.data.domains import FIELD
 from moetrain.data.errors import refusal
 from moetrain.data.lock import exclusive
 from moetrain.data.sources import Source, open_source
@@ -20,7 +21,7 @@ def prepare(data: DataConfig, *, context: int, vocab_size: int | None = None) ->
 
     The fingerprint is that of the source (``open_source`` says what stands for its content), the tokenizer and the
     settings that change the bins. Any number of processes may call this at once: one works, the others wait for it.
-    With ``data.source=bins`` the folder ``data.path`` is opened as it is, and its own tokenizer is used.
+    With ``data.source=bins`` the folder ``data.path`` is opened as it is; its own tokenizer and domains are used.
 
     context: the corpus must hold a sample of ``context + 1`` tokens on either side of the split.
     vocab_size: of the model, if fixed; the tokenizer's must not be greater.
@@ -29,6 +30,9 @@ def prepare(data: DataConfig, *, context: int, vocab_size: int | None = None) ->
     if data.source == "bins":
         if data.path is None:
             raise refusal("data.path", None, "data.source=bins needs it", "give a folder of prepared bins")
+        if data.domain_field is not None:
+            fix = "leave it null, and name it where the bins are prepared"
+            raise refusal(FIELD, data.domain_field, "data.source=bins has the domains it was prepared with", fix)
         corpus = open_bins(Path(data.path).expanduser(), "data.path")
     else:
         corpus = _from_cache(data, open_source(data), load_tokenizer(data.tokenizer))
@@ -44,7 +48,8 @@ def _from_cache(data: DataConfig, source: Source, tokenizer: Tokenizer) -> Corpu
     if not folder.exists():
         with exclusive(cache / f".{name}.lock"):
             if not folder.exists():
-                build(cache / f".{name}.partial", folder, source, tokenizer, fingerprint, data.validation_fraction)
+                partial, fraction = cache / f".{name}.partial", data.validation_fraction
+                build(partial, folder, source, tokenizer, fingerprint, fraction, data.domain_field)
     return open_bins(folder, "data.cache")
 
 
@@ -57,6 +62,8 @@ def _fingerprint(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
         "tokenizer": tokenizer.hash,
         "validation_fraction": data.validation_fraction,
     }
+    if data.domain_field is not None:
+        parts["domain_field"] = data.domain_field
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ def exclusive(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = f"cannot be written ({error})"
         raise refusal("data.cache", str(path.parent), reason, "give a folder that every rank may write") from error
     try:

@@ -103,15 +103,23 @@ class Loader:
     def _batch(self, stream: TokenStream, windows: NDArray[np.int64]) -> Batch:
         starts = windows * self.context
         rows = np.stack([stream.tokens[start : start + self.context + 1] for start in starts])
+        if (greatest := int(rows.max())) >= self.corpus.vocab_size:
+            where = f"in windows {windows.tolist()} of {self.context} tokens"
+            raise ValueError(f"{self.corpus.folder} is damaged: id {greatest} {where}, of {self.corpus.vocab_size} ids")
         tokens = torch.from_numpy(rows.astype(np.int64))
-        document_BS = self._documents(stream, starts) if self.mask_documents else None
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), document_BS)
+        document_BS = domain_BS = None
+        if self.mask_documents or stream.domains is not None:
+            document = self._documents(stream, starts)
+            document_BS = torch.from_numpy(document) if self.mask_documents else None
+            if stream.domains is not None:
+                domain_BS = torch.from_numpy(stream.domains[document - 1].astype(np.int64))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), document_BS, domain_BS)
 
-    def _documents(self, stream: TokenStream, starts: NDArray[np.int64]) -> torch.Tensor:
+    def _documents(self, stream: TokenStream, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """[B, S] number of the document of each input token, from 1: how many documents start at or before it."""
         rows = []
         for start in starts:
             low, high = np.searchsorted(stream.starts, (start, start + self.context), side="right")
             inside = stream.starts[low:high]
             rows.append(low + np.searchsorted(inside, np.arange(start, start + self.context), side="right"))
-        return torch.from_numpy(cast(NDArray[np.int64], np.stack(rows).astype(np.int64)))
+        return cast(NDArray[np.int64], np.stack(rows).astype(np.int64))

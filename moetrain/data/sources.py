@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config import DataConfig
+from moetrain.data.domains import BY_PATH, FIELD, domain_of, missing
 from moetrain.data.errors import refusal
 from moetrain.data.kjv import KJV_TEXT, kjv_documents
 
@@ -20,12 +21,20 @@ ROWS = 1024
 
 
 @dataclass(frozen=True)
+class Raw:
+    """A document as its source has it. domain: the name of where it comes from; None: not asked for, or not said."""
+
+    text: str
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """A corpus not read yet. identity: changes with the content. documents: a fresh stream at each call."""
 
     name: str
     identity: str
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Raw]]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -37,10 +46,12 @@ def open_source(data: DataConfig) -> Source:
     """
     if data.subset is not None and data.source != "hub":
         raise refusal("data.subset", data.subset, f"data.source={data.source} has no subsets", "leave it out")
+    _check_domain_field(data)
     if data.source == "kjv":
         if data.path is not None:
             raise refusal("data.path", data.path, "data.source=kjv reads no path", "leave it out or choose a source")
-        return Source("kjv", hashlib.sha256(KJV_TEXT.read_bytes()).hexdigest(), lambda: iter(kjv_documents()))
+        identity = hashlib.sha256(KJV_TEXT.read_bytes()).hexdigest()
+        return Source("kjv", identity, lambda: (Raw(text) for text in kjv_documents()))
     if data.path is None:
         raise refusal("data.path", None, f"data.source={data.source} needs it", "name what to read")
     path = Path(data.path).expanduser()
@@ -49,8 +60,21 @@ def open_source(data: DataConfig) -> Source:
         identity = _digest([identity, data.subset or "", data.split])
         return Source(data.path, identity, partial(_hub_documents, data))
     files = _find_files(data.source, data.path, path)
-    read = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}[data.source]
-    return Source(data.path, _identity(path, files), partial(read, files, data.field))
+    if data.source == "text":
+        return Source(data.path, _identity(path, files), partial(_text_documents, files, path, data.domain_field))
+    read = {"jsonl": _jsonl_documents, "parquet": _parquet_documents}[data.source]
+    return Source(data.path, _identity(path, files), partial(read, files, data.field, data.domain_field))
+
+
+def _check_domain_field(data: DataConfig) -> None:
+    """Text files have no columns: what they are called by is the folder below ``data.path``, or the file itself."""
+    if data.domain_field is None:
+        return
+    if data.source == "kjv":
+        raise refusal(FIELD, data.domain_field, "data.source=kjv has no domains", "leave it null")
+    if data.source == "text" and data.domain_field not in BY_PATH:
+        reason = "data.source=text has no columns"
+        raise refusal(FIELD, data.domain_field, reason, f"choose {' or '.join(BY_PATH)}, or leave it null")
 
 
 def _find_files(source: str, name: str, path: Path) -> list[Path]:
@@ -87,20 +111,31 @@ def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
-def _text_documents(files: list[Path], _field: str) -> Iterator[str]:
+def _text_documents(files: list[Path], root: Path, domain: str | None) -> Iterator[Raw]:
     """Each file is a document and is held in memory whole."""
-    return (_decode(file.read_bytes(), str(file)) for file in files)
+    return (Raw(_decode(file.read_bytes(), str(file)), _domain_of_file(file, root, domain)) for file in files)
 
 
-def _jsonl_documents(files: list[Path], field: str) -> Iterator[str]:
+def _domain_of_file(file: Path, root: Path, domain: str | None) -> str | None:
+    """The first folder below ``root`` that it lies in (None if it lies in none), or its path below ``root``."""
+    if domain is None:
+        return None
+    below = file.relative_to(root) if file != root else Path(file.name)
+    if domain == "file":
+        return below.as_posix()
+    return below.parts[0] if len(below.parts) > 1 else None
+
+
+def _jsonl_documents(files: list[Path], field: str, domain: str | None) -> Iterator[Raw]:
     for file in files:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _text_of(_parse(line, f"line {number} of {file}"), field, f"line {number} of {file}")
+                    where = f"line {number} of {file}"
+                    yield _raw(_parse(line, where), field, domain, where)
 
 
-def _parquet_documents(files: list[Path], field: str) -> Iterator[str]:
+def _parquet_documents(files: list[Path], field: str, domain: str | None) -> Iterator[Raw]:
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
@@ -113,12 +148,15 @@ def _parquet_documents(files: list[Path], field: str) -> Iterator[str]:
         with table:
             if field not in table.schema_arrow.names:
                 raise _missing(field, str(file), table.schema_arrow.names)
-            rows = (row for batch in table.iter_batches(ROWS, columns=[field]) for row in batch.to_pylist())
+            if domain is not None and domain not in table.schema_arrow.names:
+                raise missing(domain, str(file), table.schema_arrow.names)
+            columns = [field] if domain in (None, field) else [field, domain]
+            rows = (row for batch in table.iter_batches(ROWS, columns=columns) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield _text_of(row, field, f"row {number} of {file}")
+                yield _raw(row, field, domain, f"row {number} of {file}")
 
 
-def _hub_documents(data: DataConfig) -> Iterator[str]:
+def _hub_documents(data: DataConfig) -> Iterator[Raw]:
     import datasets
 
     try:
@@ -127,7 +165,7 @@ def _hub_documents(data: DataConfig) -> Iterator[str]:
         reason = f"datasets cannot load it: {error}"
         raise refusal("data.path", data.path, reason, "check data.path, data.subset and data.split") from error
     for number, row in enumerate(rows, start=1):
-        yield _text_of(row, data.field, f"row {number} of {data.path}")
+        yield _raw(row, data.field, data.domain_field, f"row {number} of {data.path}")
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -146,6 +184,10 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise refusal("data.path", where, f"it holds no object but {row!r:.40}", "mend or remove this line")
     return row
+
+
+def _raw(row: Mapping[str, Any], field: str, domain: str | None, where: str) -> Raw:
+    return Raw(_text_of(row, field, where), None if domain is None else domain_of(row, domain, where))
 
 
 def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -41,7 +41,7 @@ from moetrain.engine.base import (
 )
 from moetrain.engine.flat import FlatParameters
 from moetrain.engine.state import CanonicalState
-from moetrain.parallel.mesh import Mesh, weight_dtype
+from moetrain.parallel.mesh import Mesh, bound_groups, weight_dtype
 from moetrain.types import Batch, ModelOutput
 
 NEVER = 2**62
@@ -76,6 +76,7 @@ class _Engine:
             self._deepspeed = deepspeed.initialize(
                 model=_Open(self.model), optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
+        bound_groups(self._config.machine)
 
     def forward_backward(self, batch: Batch) -> ModelOutput:
         self._num_done += 1
@@ -158,8 +159,9 @@ class ZeroEngine(_Engine):
     def step(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
         self._end_accumulation()
         set_lr(self._deepspeed.optimizer, lr)
-        self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm())
+        with zero.judged(self._deepspeed.optimizer, accepts) as judge:
+            self._deepspeed.step()
+        return judge.norm
 
     def state(self) -> State:
         optimizer = self._deepspeed.optimizer

@@ -1,7 +1,13 @@
-"""Where DeepSpeed 0.19.8 keeps this rank's fp32 weights, stage by stage, and how the model's weights follow them."""
+"""Inside DeepSpeed 0.19.8's ZeRO, stage by stage: where this rank's fp32 weights lie, how the model's weights follow
+them, and who decides whether a step is taken.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -57,3 +63,43 @@ def refresh(optimizer: Any) -> None:
     for index in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(index)
     optimizer._post_step(set())
+
+
+class Judge:
+    """Stands in for DeepSpeed's test of a gradient norm: ``accepts`` is asked once, ``norm`` is what it was asked."""
+
+    def __init__(self, accepts: Callable[[float], bool]) -> None:
+        self._accepts, self._refused = accepts, False
+        self.norm = math.nan
+
+    def refuses(self, norm: Tensor | float) -> bool:
+        """DeepSpeed asks of the global norm, before clipping (-1: not finite), and again where it clips by it."""
+        if math.isnan(self.norm):
+            self.norm = float(norm) if norm >= 0 else math.inf
+            self._refused = not self._accepts(self.norm)
+        return self._refused
+
+
+@contextmanager
+def judged(optimizer: Any, accepts: Callable[[float], bool]) -> Iterator[Judge]:
+    """Within, the optimiser's step is taken or skipped as ``accepts`` says of the norm that DeepSpeed has computed.
+
+    What is refused goes the way of an overflow: no weight, moment or step count moves, all gradients are dropped. All
+    three classes ask ``is_invalid_grad_norm`` of their module. Before that ZeRO 1 and 2 look through the gradients for
+    an overflow, upon which they would compute no norm: it tells the same, for it is not finite where a gradient is not.
+    A loss scale there is none, only a false word about it in the log.
+    """
+    module: Any = sys.modules[type(optimizer).__module__]
+    judge = Judge(accepts)
+    test = module.is_invalid_grad_norm
+    module.is_invalid_grad_norm = judge.refuses
+    optimizer.check_overflow = optimizer._update_scale = _nothing
+    try:
+        yield judge
+    finally:
+        module.is_invalid_grad_norm = test
+    assert not math.isnan(judge.norm), f"{type(optimizer).__name__} has taken a step without a look at its norm"
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """In place of a method that is not needed."""

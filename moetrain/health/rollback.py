@@ -1,4 +1,4 @@
-"""Going back past bad data: which batch a step takes, after the run has gone back to a checkpoint once or more.
+"""Going back past bad data: to which checkpoint, and which batch a step takes after that.
 
 A run that is taken back to step s after it had taken the batches up to n goes on with batch n at step s: every batch
 between, seen before and during the bad steps, is left out (Chowdhery et al., "PaLM", 2022, section 5.1).
@@ -7,9 +7,14 @@ between, seen before and during the bad steps, is left out (Chowdhery et al., "P
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from moetrain import checkpoint
+from moetrain.checkpoint import NoneWhole, Source
+from moetrain.monitor.runfolder import RunFolder
+from moetrain.parallel.collectives import broadcast_text
+from moetrain.parallel.mesh import Mesh
 
 
 class Unstable(RuntimeError):
@@ -25,30 +30,56 @@ class Jump:
 
 
 class Rollbacks:
-    """The jumps of a run, in ``path``, which rank 0 writes. The same on every rank."""
+    """The jumps of a run, in its folder, where rank 0 writes them. The same on every rank."""
 
-    def __init__(self, path: Path, is_main: bool, share: Callable[[str], str]) -> None:
-        """share: gives rank 0's text to every rank. Raises ValueError, on every rank, if the file is damaged."""
-        self._path, self._is_main = path, is_main
-        text = share(path.read_text() if is_main and path.exists() else "[]")
-        try:
-            self._jumps = [Jump(int(one["step"]), int(one["batches"])) for one in json.loads(text)]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}") from error
-
-    @property
-    def num_done(self) -> int:
-        return len(self._jumps)
+    def __init__(self, folder: RunFolder, mesh: Mesh, most: int) -> None:
+        """most: how often a run goes back. Raises ValueError, on every rank, if the file is damaged. Collective."""
+        self._path, self._checkpoints, self._mesh, self._most = folder.rollbacks, folder.checkpoints, mesh, most
+        content = self._path.read_bytes() if mesh.is_main and self._path.exists() else b"[]"
+        self._jumps = _jumps(broadcast_text(content.decode(errors="replace"), mesh.world_group), self._path)
 
     def batch_of(self, step: int) -> int:
         """The batch that step ``step`` (from 0) takes: of the jumps at or before it, the last counts."""
         return step + next((jump.batches for jump in reversed(self._jumps) if jump.step <= step), 0)
 
+    def source(self, first_bad: int) -> Source:
+        """The newest checkpoint that verifies and was saved before step number ``first_bad``, the first of the bad
+        ones: what was saved among them may hold what they suffer from.
+
+        If that is the one that the run went back to last, its weights have met bad steps on other data too: then the
+        one before it, if there is any. Raises Unstable if there is nothing to go back to, or it was done too often.
+        Collective.
+        """
+        if len(self._jumps) >= self._most:
+            raise Unstable(f"the run has gone back {len(self._jumps)} times already (health.max_rollbacks)")
+        try:
+            found = checkpoint.find(self._checkpoints, self._mesh, before=first_bad)
+            if found is not None and self._jumps and found.step == self._jumps[-1].step:
+                found = checkpoint.find(self._checkpoints, self._mesh, before=found.step) or found
+        except NoneWhole as error:
+            raise Unstable(str(error)) from error
+        if found is None:
+            raise Unstable("there is no checkpoint from before them to go back to (train.checkpoint_every)")
+        return found
+
     def jump(self, to_step: int, from_step: int) -> None:
-        """The run goes back to ``to_step``, with the batch that ``from_step`` would have taken."""
-        batches = self.batch_of(from_step) - to_step
-        self._jumps.append(Jump(to_step, batches))
-        if self._is_main:
+        """The run goes back to ``to_step``, with the batch that ``from_step`` would have taken.
+
+        What was saved since is removed first: a run that is killed between the two goes back once more.
+        """
+        self._jumps.append(Jump(to_step, self.batch_of(from_step) - to_step))
+        if self._mesh.is_main:
+            checkpoint.remove_later(self._checkpoints, to_step)
             fresh = self._path.with_name(self._path.name + ".new")
             fresh.write_text(json.dumps([{"step": one.step, "batches": one.batches} for one in self._jumps]) + "\n")
             fresh.replace(self._path)
+
+
+def _jumps(text: str, path: Path) -> list[Jump]:
+    try:
+        jumps = [Jump(int(one["step"]), int(one["batches"])) for one in json.loads(text)]
+        if any(one.step < 0 or one.batches < 0 for one in jumps):
+            raise ValueError("steps and batches are counted from 0")
+        return jumps
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error

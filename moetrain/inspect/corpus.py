@@ -14,6 +14,7 @@ from moetrain.inspect.loaded import Loaded
 from moetrain.inspect.observe import Seen, observe
 from moetrain.inspect.tally import Tally
 from moetrain.inspect.text import shown
+from moetrain.monitor.domains import divergences
 
 TOP_TOKENS, TOP_PARTNERS = 12, 3
 MIN_COUNT = 8
@@ -40,7 +41,8 @@ class Partner:
 @dataclass(frozen=True)
 class ExpertProfile:
     """load: assignments over the fair share. dropped: share of them, None if there are none. positions: load in each
-    eighth of the sequence over the fair share of that eighth, None where the layer saw no token.
+    eighth of the sequence over the fair share of that eighth, None where the layer saw no token. domains: of each one,
+    how often its tokens choose this expert over how often all tokens do, None where there are none.
     """
 
     expert: int
@@ -49,6 +51,7 @@ class ExpertProfile:
     positions: tuple[float | None, ...]
     tokens: tuple[TopToken, ...]
     partners: tuple[Partner, ...]
+    domains: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class LayerProfile:
     """entropy: mean over tokens of that of the router's probabilities, in nats; uniform: the most it can be, ln E.
 
     vocabulary: the mean over token ids x (seen at least MIN_COUNT times) of max_e N_xe / N_x: 1 where every id always
-    goes to one expert; None if there is no such id.
+    goes to one expert; None if there is no such id. divergence: of the domains, see moetrain.monitor.domains; None if
+    tokens of fewer than two were seen.
     """
 
     layer: int
@@ -64,17 +68,19 @@ class LayerProfile:
     entropy: float | None
     uniform: float
     vocabulary: float | None
+    divergence: float | None
     experts: tuple[ExpertProfile, ...]
 
 
 @dataclass(frozen=True)
 class CorpusProfile:
-    """num_tokens: of the sample. loss: mean cross-entropy over it, in nats."""
+    """num_tokens: of the sample. loss: mean cross-entropy over it, in nats. domains: names of those told apart."""
 
     source: str
     num_tokens: int
     loss: float
     min_count: int
+    domains: tuple[str, ...]
     layers: tuple[LayerProfile, ...]
 
 
@@ -99,12 +105,13 @@ def corpus_profile(loaded: Loaded, num_batches: int, layers: Sequence[int], *, t
         seen, loss = observe(loaded.model, batch, train_capacity=train_capacity)
         losses.append(loss)
         for one in [one for one in seen if not layers or one.layer in layers]:
-            tally = tallies.setdefault(one.layer, Tally(_num_experts(one), ids_U, config.model.context))
-            tally.add(one)
+            empty = Tally(_num_experts(one), ids_U, config.model.context, len(corpus.domains))
+            tallies.setdefault(one.layer, empty).add(one, batch.domain_BS)
     words = [shown(corpus.tokenizer, token) for token in ids_U.tolist()]
     profiles = tuple(_layer(layer, tally, words) for layer, tally in tallies.items())
     num_tokens = sum(batch.tokens_BS.numel() for batch in batches)
-    return CorpusProfile(corpus.meta.source, num_tokens, sum(losses) / len(losses), MIN_COUNT, profiles)
+    loss = sum(losses) / len(losses)
+    return CorpusProfile(corpus.meta.source, num_tokens, loss, MIN_COUNT, corpus.domains, profiles)
 
 
 def lift(counts_UE: Tensor) -> Tensor:
@@ -128,17 +135,19 @@ def _num_experts(seen: Seen) -> int:
 
 def _layer(layer: int, tally: Tally, words: Sequence[str]) -> LayerProfile:
     num_experts = tally.num_experts
-    lift_UE = lift(tally.token_UE)
+    lift_UE, domain_DE = lift(tally.token_UE), lift(tally.domain_DE)
     experts = tuple(
-        _expert(expert, tally, _top_tokens(tally.token_UE[:, expert], lift_UE[:, expert], words))
+        _expert(expert, tally, domain_DE, _top_tokens(tally.token_UE[:, expert], lift_UE[:, expert], words))
         for expert in range(num_experts)
     )
     entropy = tally.entropy / tally.num_tokens if tally.num_tokens else None
     vocabulary = vocabulary_specialisation(tally.token_UE, tally.occurred_U, MIN_COUNT)
-    return LayerProfile(layer, num_experts, entropy, math.log(num_experts), vocabulary, experts)
+    divergence = float(divergences(tally.domain_DE.unsqueeze(0).numpy())[0])
+    told = divergence if math.isfinite(divergence) else None
+    return LayerProfile(layer, num_experts, entropy, math.log(num_experts), vocabulary, told, experts)
 
 
-def _expert(expert: int, tally: Tally, tokens: tuple[TopToken, ...]) -> ExpertProfile:
+def _expert(expert: int, tally: Tally, domain_DE: Tensor, tokens: tuple[TopToken, ...]) -> ExpertProfile:
     mine, every, fair_P = int(tally.assigned_E[expert]), int(tally.assigned_E.sum()), tally.position_PE.sum(1)
     positions = zip(tally.position_PE[:, expert].tolist(), (fair_P / tally.num_experts).tolist(), strict=True)
     return ExpertProfile(
@@ -148,6 +157,7 @@ def _expert(expert: int, tally: Tally, tokens: tuple[TopToken, ...]) -> ExpertPr
         positions=tuple(count / fair if fair else None for count, fair in positions),
         tokens=tokens,
         partners=_partners(expert, tally),
+        domains=tuple(one if math.isfinite(one) else None for one in domain_DE[:, expert].tolist()),
     )
 
 

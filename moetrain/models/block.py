@@ -60,10 +60,16 @@ class Block(nn.Module):
             self.ffn.init_weights(draw.of("ffn"), std, std_out)
 
     def forward(
-        self, x_BSD: Tensor, tokens_BS: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None, replay: Replay
+        self,
+        x_BSD: Tensor,
+        tokens_BS: Tensor,
+        tables_2Sd: Tensor,
+        mask_B1SS: Tensor | None,
+        replay: Replay,
+        domain_BS: Tensor | None = None,
     ) -> BlockOutput:
         x_BSD = x_BSD + self.attend(x_BSD, tables_2Sd, mask_B1SS)
-        fed = self.feed(x_BSD, tokens_BS, replay)
+        fed = self.feed(x_BSD, tokens_BS, replay, domain_BS)
         return BlockOutput(x_BSD + fed.hidden_BSD, fed.losses)
 
     def attend(self, x_BSD: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
@@ -72,10 +78,10 @@ class Block(nn.Module):
         normed_BSD = through(self.attention_norm(x_BSD), "rest", "attention")
         return through(self.attention(normed_BSD, tables_2Sd, mask_B1SS), "attention", "rest")
 
-    def feed(self, x_BSD: Tensor, tokens_BS: Tensor, replay: Replay) -> BlockOutput:
+    def feed(self, x_BSD: Tensor, tokens_BS: Tensor, replay: Replay, domain_BS: Tensor | None = None) -> BlockOutput:
         """What the feed-forward adds to x_BSD."""
         normed_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return BlockOutput(self.ffn(normed_BSD), None)
-        out = self.moe(normed_BSD.flatten(0, 1), tokens_BS, replay)
+        out = self.moe(normed_BSD.flatten(0, 1), tokens_BS, replay, domain_BS)
         return BlockOutput(out.hidden_TD.view_as(x_BSD), out.losses)

@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         """One micro-batch -> its loss: mean cross-entropy in nats, and the router losses with their coefficients."""
         mask_B1SS = None if batch.document_BS is None else document_mask(batch.document_BS)
-        hidden_BSD, losses = self._hidden(batch.tokens_BS, mask_B1SS)
+        hidden_BSD, losses = self._hidden(batch.tokens_BS, mask_B1SS, batch.domain_BS)
         hidden_BSD = self.timeline.through(hidden_BSD, "rest", "vocabulary")
         logits_TV = self._project(hidden_BSD.flatten(0, 1)).float()
         lm = torch.nn.functional.cross_entropy(logits_TV, batch.targets_BS.flatten())
@@ -94,13 +94,15 @@ class Decoder(nn.Module):
         hidden_BSD, _ = self._hidden(tokens_BS, None)
         return self._project(hidden_BSD).float()
 
-    def _hidden(self, tokens_BS: Tensor, mask_B1SS: Tensor | None) -> tuple[Tensor, LossTerms]:
+    def _hidden(
+        self, tokens_BS: Tensor, mask_B1SS: Tensor | None, domain_BS: Tensor | None = None
+    ) -> tuple[Tensor, LossTerms]:
         x_BSD = self.embedding(tokens_BS)
         tables_2Sd = self.rotary[:, : tokens_BS.shape[1]]
         recompute = self.config.engine.recompute and torch.is_grad_enabled()
         terms, depths = [], []
         for block in self.blocks:
-            args = (x_BSD, tokens_BS, tables_2Sd, mask_B1SS, Replay())
+            args = (x_BSD, tokens_BS, tables_2Sd, mask_B1SS, Replay(), domain_BS)
             out = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             x_BSD = out.hidden_BSD
             terms += [] if out.losses is None else [out.losses]
@@ -140,6 +142,11 @@ class Decoder(nn.Module):
         """Names of the parameters that are sharded over EP: stacked, dim 0 is the local expert."""
         return frozenset(name for name, _ in self.named_parameters() if ".moe.experts." in name)
 
+    def count_domains(self, num_domains: int) -> None:
+        """From now on count the load by the domain of the token too, of training batches that say it; 0: no more."""
+        for layer in self.moe_layers():
+            layer.count_domains(num_domains)
+
     def commit_load(self) -> None:
         """Count the expert load of the micro-batch just done; once after each training micro-batch."""
         for layer in self.moe_layers():
@@ -155,8 +162,11 @@ class Decoder(nn.Module):
 
     def take_load(self) -> LoadCounts:
         """This rank's expert load since the last take; call it after every optimiser step."""
-        counts_L2E = torch.stack([layer.load.take() for layer in self.moe_layers()])
-        return LoadCounts(assigned_LE=counts_L2E[:, 0], kept_LE=counts_L2E[:, 1])
+        layers = self.moe_layers()
+        counts_L2E = torch.stack([layer.load.take() for layer in layers])
+        by_domain = [layer.domains.take() for layer in layers if layer.domains is not None]
+        domain_LDE = torch.stack(by_domain) if by_domain else None
+        return LoadCounts(assigned_LE=counts_L2E[:, 0], kept_LE=counts_L2E[:, 1], domain_LDE=domain_LDE)
 
     def take_gauges(self) -> list[Gauges]:
         """This rank's gauges of each MoE layer since the last take."""

@@ -90,11 +90,18 @@ class DepthBlock(Block):
         self.depth.init_weights(draw.of("depth"), std)
 
     def forward(
-        self, x_BSD: Tensor, tokens_BS: Tensor, tables_2Sd: Tensor, mask_B1SS: Tensor | None, replay: Replay
+        self,
+        x_BSD: Tensor,
+        tokens_BS: Tensor,
+        tables_2Sd: Tensor,
+        mask_B1SS: Tensor | None,
+        replay: Replay,
+        domain_BS: Tensor | None = None,
     ) -> BlockOutput:
         depth = self.depth(x_BSD, replay)
-        through = self._best if self.training else self._predicted
-        return through(depth, x_BSD, tokens_BS, tables_2Sd, mask_B1SS, replay)
+        if self.training:
+            return self._best(depth, x_BSD, tokens_BS, tables_2Sd, mask_B1SS, replay, domain_BS)
+        return self._predicted(depth, x_BSD, tokens_BS, tables_2Sd, mask_B1SS, replay)
 
     def _best(
         self,
@@ -104,6 +111,7 @@ class DepthBlock(Block):
         tables_2Sd: Tensor,
         mask_B1SS: Tensor | None,
         replay: Replay,
+        domain_BS: Tensor | None,
     ) -> BlockOutput:
         """The C best of each sequence, and nothing else: shapes are those of a shorter sequence."""
         best_BC = depth.best_BC
@@ -111,7 +119,8 @@ class DepthBlock(Block):
         x_BCD = x_BSD.gather(1, best_BCD)
         tables_2B1Cd = tables_2Sd[:, best_BC].unsqueeze(2)
         attended_BCD = self.attend(x_BCD, tables_2B1Cd, None if mask_B1SS is None else mask_among(mask_B1SS, best_BC))
-        fed = self.feed(x_BCD + attended_BCD, tokens_BS.gather(1, best_BC), replay)
+        domain_BC = None if domain_BS is None else domain_BS.gather(1, best_BC)
+        fed = self.feed(x_BCD + attended_BCD, tokens_BS.gather(1, best_BC), replay, domain_BC)
         score_BC1 = depth.score_BS.gather(1, best_BC).unsqueeze(-1)
         added_BCD = (score_BC1 * (attended_BCD + fed.hidden_BSD)).to(x_BSD.dtype)
         return BlockOutput(x_BSD.scatter_add(1, best_BCD, added_BCD), fed.losses, depth.loss)

@@ -14,6 +14,7 @@ from moetrain.moe.adapt import Observed
 from moetrain.moe.balance import Balance
 from moetrain.moe.capacity import Capacity
 from moetrain.moe.contract import break_of_contract
+from moetrain.moe.domains import DomainLoad
 from moetrain.moe.experts import Experts
 from moetrain.moe.gauges import LayerGauges
 from moetrain.moe.load import ExpertLoad
@@ -51,6 +52,7 @@ class MoELayer(nn.Module):
         self.balance = Balance(config.balance, num_experts, mesh)
         self.load = ExpertLoad(num_experts, mesh.device)
         self.gauges, self.observed = LayerGauges(), Observed()
+        self.domains: DomainLoad | None = None
         self._layer, self._judged = layer, mesh.device.type == "meta"
 
     def init_weights(self, draw: Draw, std: float, std_out: float) -> None:
@@ -59,8 +61,11 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             self.shared.init_weights(draw.of("shared"), std, std_out)
 
-    def forward(self, x_TD: Tensor, tokens_BS: Tensor, replay: Replay) -> MoEOutput:
-        """[T, D], and the ids of those tokens, whose rows are sequences -> [T, D] to be added to the residual."""
+    def forward(self, x_TD: Tensor, tokens_BS: Tensor, replay: Replay, domain_BS: Tensor | None = None) -> MoEOutput:
+        """[T, D], and the ids of those tokens, whose rows are sequences -> [T, D] to be added to the residual.
+
+        domain_BS: where tokens come from; only counted, and only if ``count_domains`` asked for it.
+        """
         through, num_sequences = self.timeline.through, tokens_BS.shape[0]
         x_TD = through(x_TD, "rest", "route")
         chosen = self.router(RouterInput(x_TD, tokens_BS), replay)
@@ -69,6 +74,8 @@ class MoELayer(nn.Module):
         routing = placement.routing
         if self.training:
             self.load.record(placement)
+            if self.domains is not None:
+                self.domains.record(routing, domain_BS)
         losses = self.balance(routing, num_sequences, self.load.pending_2E[0])
         sent = self.dispatcher(through(x_TD, "route", "dispatch"), placement)
         if self.training:
@@ -91,9 +98,16 @@ class MoELayer(nn.Module):
             kind = type(self.router)
             raise ValueError(f"{kind.__module__}.{kind.__qualname__}, router of layer {self._layer}: {broken}")
 
+    def count_domains(self, num_domains: int) -> None:
+        """From now on count the load by domain too."""
+        device = self.load.pending_2E.device
+        self.domains = DomainLoad(num_domains, self.balance.num_experts, device) if num_domains else None
+
     def commit(self) -> None:
         """Count the micro-batch just done, once."""
         self.load.commit()
+        if self.domains is not None:
+            self.domains.commit()
         self.gauges.commit()
         if self.router.adapts:
             self.observed.commit(self.router)

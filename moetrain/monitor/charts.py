@@ -73,6 +73,11 @@ CHARTS = (
         ),
         floor=0.0,
     ),
+    Chart(
+        "Domain divergence, 0: all domains are routed alike",
+        (Curve("balance/domain_divergence_mean", "mean over layers"),),
+        floor=0.0,
+    ),
     Chart("Largest router logit, worst layer", (Curve("balance/logit_max", "logit"),)),
     Chart("Gradient norm", (Curve("train/grad_norm", "before clipping"),), floor=0.0),
     Chart("Throughput, tokens/s", (Curve("perf/tokens_per_second", "all ranks"),), floor=0.0),

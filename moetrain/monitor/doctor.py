@@ -79,9 +79,16 @@ class Rule:
     def of(self, signs: Signs, stop: int) -> list[Diagnosis]:
         """As after window number ``stop`` - 1."""
         start = start_of(signs, stop, self.windows, self.steps)
-        if start < 0 or signs.steps_N[start] <= min(signs.facts.warmup_steps, LONGEST_WARMUP) + self.grace:
-            return []
-        return list(self.finds(signs.part(start, stop)))
+        return list(self.finds(signs.part(start, stop))) if self._may_speak(signs, start) else []
+
+    def could_speak(self, signs: Signs) -> bool:
+        """Whether there was a window by which it could have found something."""
+        every = range(1, len(signs.steps_N) + 1)
+        return any(self._may_speak(signs, start_of(signs, stop, self.windows, self.steps)) for stop in every)
+
+    def _may_speak(self, signs: Signs, start: int) -> bool:
+        excused = min(signs.facts.warmup_steps, LONGEST_WARMUP) + self.grace
+        return start >= 0 and int(signs.steps_N[start]) > excused
 
 
 def start_of(signs: Signs, stop: int, windows: int, steps: int) -> int:
@@ -100,17 +107,18 @@ def diagnose(signs: Signs, stop: int | None = None) -> list[Diagnosis]:
 
 def collapse(signs: Signs) -> Iterator[Diagnosis]:
     """Few experts do the work of a layer."""
-    facts, effective_NL = signs.facts, signs.at("effective_experts")
+    facts, effective_NL, dead_NL = signs.facts, signs.at("effective_experts"), signs.at("dead_running")
     for row in _where(_collapsed(signs) & ~_rising(effective_NL)):
         evidence = f"{effective_NL[-1, row]:.1f} effective experts of {facts.num_experts}, and not rising"
-        yield Diagnosis("collapse", signs.layers[row], evidence, facts.more_balance)
+        revival = ", and revive the experts that no token reaches (control=revive)" if dead_NL[-1, row] > 0 else ""
+        yield Diagnosis("collapse", signs.layers[row], evidence, f"{facts.more_balance}{revival}")
 
 
 def dead_experts(signs: Signs) -> Iterator[Diagnosis]:
-    """Experts without a token in ten windows, in a layer that is not collapsed altogether."""
+    """Experts without a token in ten windows, or since a start, in a layer that is not collapsed altogether."""
     facts, dead_NL = signs.facts, signs.at("dead_running")
     for row in _where((dead_NL > 0).all(axis=0) & ~_collapsed(signs)):
-        evidence = f"{int(dead_NL[-1, row])} of {facts.num_experts} experts got no token in ten windows"
+        evidence = f"{int(dead_NL[:, row].min())} of {facts.num_experts} experts got no token in the last windows"
         remedy = f"{facts.more_balance}, or revive them (control=revive)"
         yield Diagnosis("dead experts", signs.layers[row], evidence, remedy)
 
@@ -212,11 +220,11 @@ def hot_rank(signs: Signs) -> Iterator[Diagnosis]:
 
 
 def _collapsed(signs: Signs) -> Any:
-    """[L]; k choices of a token use k experts at least."""
+    """[L]; k choices of a token use k experts at least. Where these are all of them, rounding is no collapse."""
     facts = signs.facts
     fewest = min(max(facts.experts_per_token, 1.0), facts.num_experts)
     floor = fewest + COLLAPSED * (facts.num_experts - fewest)
-    return np.asarray((signs.at("effective_experts") < floor).all(axis=0))
+    return np.asarray((signs.at("effective_experts") < floor - TINY).all(axis=0))
 
 
 def _later(values_N: Array) -> Array:

@@ -36,14 +36,14 @@ class EventsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         """Open a new segment which continues after ``step`` (0 for a new run). A torn last line is cut off."""
-        self._file = LineWriter(path, KEYS, step, {})
+        self.lines = LineWriter(path, KEYS, step, {})
 
     def write(self, step: int, kind: str, message: str, data: Mapping[str, object]) -> None:
         """data: plain and finite."""
-        self._file.write(step, {"kind": kind, "message": message, "data": dict(data)})
+        self.lines.write(step, {"kind": kind, "message": message, "data": dict(data)})
 
     def close(self) -> None:
-        self._file.close()
+        self.lines.close()
 
 
 def read_events(path: Path) -> tuple[Event, ...]:

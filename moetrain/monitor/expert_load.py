@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.monitor.domains import DomainCounts
 from moetrain.monitor.lines import Keys, Line, LineReader, LineWriter
 from moetrain.monitor.pace import is_spread_step
 
@@ -37,8 +38,8 @@ class LoadWindow:
 
     layers: the decoder layer of each row. Experts [r * E / ep_size, (r + 1) * E / ep_size) live on EP rank r.
     assigned_LE: before dropping. kept_LE: after it. received_LW: rows that each rank of the world received for its
-    experts. choice: X is the choice rank, first choice first. position: X is the part of the sequence, in order. None:
-    not counted.
+    experts. choice: X is the choice rank, first choice first. position: X is the part of the sequence, in order.
+    domains: of the domains that the corpus names. None: not counted, or not recorded.
     """
 
     step: int
@@ -51,6 +52,7 @@ class LoadWindow:
     received_LW: Counts | None = None
     choice: SplitCounts | None = None
     position: SplitCounts | None = None
+    domains: DomainCounts | None = None
 
 
 def is_load_step(step: int, steps: int, log_every: int) -> bool:
@@ -63,7 +65,7 @@ class ExpertLoadFile:
 
     def __init__(self, path: Path, step: int, tokens: int) -> None:
         """Open a new segment which continues after ``step`` (0 for a new run). A torn last line is cut off."""
-        self._file = LineWriter(path, KEYS, step, {"tokens": tokens})
+        self.lines = LineWriter(path, KEYS, step, {"tokens": tokens})
 
     def write(self, window: LoadWindow) -> None:
         row: dict[str, object] = {
@@ -79,10 +81,13 @@ class ExpertLoadFile:
         for name, split in (("choice", window.choice), ("position", window.position)):
             if split is not None:
                 row[name] = {"assigned": split.assigned_LX.tolist(), "kept": split.kept_LX.tolist()}
-        self._file.write(window.step, row)
+        if window.domains is not None:
+            names, assigned_LDE = window.domains.names, window.domains.assigned_LDE
+            row["domains"] = {"names": list(names), "assigned": assigned_LDE.tolist()}
+        self.lines.write(window.step, row)
 
     def close(self) -> None:
-        self._file.close()
+        self.lines.close()
 
 
 class ExpertLoadReader:
@@ -132,7 +137,20 @@ def _parse(row: dict[str, Any]) -> LoadWindow:
         received_LW=_counts("received", row["received"], num_layers) if "received" in row else None,
         choice=_split("choice", row, num_layers),
         position=_split("position", row, num_layers),
+        domains=_domains(row, assigned_LE) if "domains" in row else None,
     )
+
+
+def _domains(row: dict[str, Any], assigned_LE: Counts) -> DomainCounts:
+    """Whose counts add up to those of all tokens."""
+    names = tuple(str(name) for name in row["domains"]["names"])
+    table = np.array(row["domains"]["assigned"])
+    num_layers, num_experts = assigned_LE.shape
+    if table.shape != (num_layers, len(names), num_experts) or table.dtype.kind != "i" or (table < 0).any():
+        raise ValueError(f"domains.assigned is no table of {num_layers} x {len(names)} x {num_experts} counts")
+    if (table.sum(axis=1) != assigned_LE).any():
+        raise ValueError("domains.assigned does not add up to assigned")
+    return DomainCounts(names, table.astype(np.int64))
 
 
 def _split(name: str, row: dict[str, Any], num_layers: int) -> SplitCounts | None:

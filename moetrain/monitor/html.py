@@ -13,7 +13,7 @@ from moetrain.monitor.history import History, read_history
 from moetrain.monitor.page_data import BYTES, page_run
 from moetrain.types import ConfigError, Problem
 
-SCRIPTS = ("base.js", "heat.js", "curves.js", "main.js")
+SCRIPTS = ("base.js", "heat.js", "domains.js", "curves.js", "main.js")
 NAME = "report.html"
 
 

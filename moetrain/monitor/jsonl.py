@@ -25,15 +25,15 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int, tokens: int) -> None:
         """Open a new segment which continues after ``step`` (0 for a new run). A torn last line is cut off."""
-        self._file = LineWriter(path, KEYS, step, {TOKENS: tokens})
+        self.lines = LineWriter(path, KEYS, step, {TOKENS: tokens})
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """One line: after ``step`` optimiser steps and ``tokens`` training tokens, of the whole job since its start."""
         assert TOKENS not in metrics, f"reserved names in {sorted(metrics)}"
-        self._file.write(step, {TOKENS: tokens, **{name: _to_json(value) for name, value in metrics.items()}})
+        self.lines.write(step, {TOKENS: tokens, **{name: _to_json(value) for name, value in metrics.items()}})
 
     def close(self) -> None:
-        self._file.close()
+        self.lines.close()
 
     def __enter__(self) -> MetricsFile:
         return self

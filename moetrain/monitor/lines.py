@@ -36,30 +36,61 @@ class Line:
 
 
 class LineWriter:
-    """For one rank only. Every line is flushed, so a killed run keeps what it had written."""
+    """For one rank only. Every line is on its way to the disk at once, so a killed run keeps what it had written.
+
+    A line that can not be written (the disk is full) is counted in ``lost`` and leaves no trace: ``failure`` says why
+    the last one was, and the next one is tried anew.
+    """
 
     def __init__(self, path: Path, keys: Keys, step: int, opening: Mapping[str, object]) -> None:
         """Open a new segment which continues after ``step`` (0 for a new run). A torn last line is cut off.
 
-        opening: what else the first line of the segment says.
+        opening: what else the first line of the segment says. Raises OSError if the file can not be opened.
         """
+        self.path, self.lost, self.failure = path, 0, ""
         self._keys = keys
         lines = _whole_lines(path)
         self._segment = _last_segment(lines, keys) + 1
-        self._file = path.open("r+" if path.exists() else "w", encoding="utf-8", newline="\n")
-        self._file.truncate(len(lines))
-        self._file.seek(0, 2)
-        self.write(step, opening)
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        self._end = len(lines)
+        self._file.truncate(self._end)
+        first = self._line(step, opening)
+        self._opening = b"" if self._append(first) else first
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
-        """One line, written after ``step`` optimiser steps; ``values`` are plain and finite."""
+        """One line, written after ``step`` optimiser steps; ``values`` are plain and finite.
+
+        It is written after the first line of the segment only, by which a reader knows where that begins.
+        """
+        line = self._line(step, values)
+        if self._append(self._opening + line):
+            self._opening = b""
+        else:
+            self.lost += 1
+
+    def _line(self, step: int, values: Mapping[str, object]) -> bytes:
         row: dict[str, object] = {self._keys.step: step, self._keys.segment: self._segment}
         assert not row.keys() & values.keys(), f"reserved names in {sorted(values)}"
-        self._file.write(json.dumps({**row, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        return (json.dumps({**row, **values}, allow_nan=False) + "\n").encode()
+
+    def _append(self, content: bytes) -> bool:
+        """All of it, or nothing that a later line would not overwrite."""
+        try:
+            self._file.seek(self._end)
+            left = memoryview(content)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            return False
+        self._end += len(content)
+        return True
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> LineWriter:
         return self

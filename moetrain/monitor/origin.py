@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from moetrain.redaction import redact, redact_source
+
 PACKAGES = ("moetrain", "torch", "deepspeed", "hydra-core", "wandb", "datasets", "numpy")
+DECISIVE = ("*.py", "conf", "recipes")
+"""What of a checkout decides what a run computes. What else is not committed, notes and keys, is nobody's business."""
 SECRET = re.compile(r"(?i)(\S*(?:key|token|secret|password|passwd|credential)[a-z_]*=)(.+)")
 
 
@@ -22,7 +26,7 @@ class Origin:
     none.
 
     commit, dirty: of the git checkout that moetrain was imported from; None for an installed package. diff: what is not
-    committed in it, as a patch.
+    committed of its source and configs, as a patch; what looks like a key in it is left out.
     """
 
     host: str
@@ -47,12 +51,12 @@ def origin(world_size: int) -> Origin:
     return Origin(
         host=socket.gethostname(),
         world_size=world_size,
-        command=[SECRET.sub(r"\1***", word) for word in sys.argv],
+        command=[SECRET.sub(r"\1***", redact(word)) for word in sys.argv],
         launch_id=None if launch_id == "none" else launch_id,
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         commit=commit,
         dirty=None if commit is None else bool(_git(source, "status", "--porcelain")),
-        diff="" if commit is None else _git(source, "diff", "HEAD"),
+        diff="" if commit is None else redact_source(_git(source, "diff", "HEAD", "--", *DECISIVE)),
     )
 
 

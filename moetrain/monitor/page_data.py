@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moetrain.monitor.balance import LayerBalance, summarise
 from moetrain.monitor.charts import charts_of
+from moetrain.monitor.domains import DomainCounts, divergences
 from moetrain.monitor.events import Event
 from moetrain.monitor.expert_load import LoadWindow, SplitCounts
 from moetrain.monitor.history import History
@@ -30,7 +31,9 @@ BASE64, NUMBER = 4 / 3, 6
 
 
 def page_run(history: History, num_bytes: int) -> dict[str, Any]:
-    """Everything about one run, in about ``num_bytes`` bytes at most: with long runs of large models, fewer windows."""
+    """Everything about one run, in about ``num_bytes`` bytes at most, and half as much for domains: with long runs of
+    large models, fewer windows.
+    """
     facts = history.facts
     windows = _affordable(history.loads, num_bytes)
     return {
@@ -39,6 +42,7 @@ def page_run(history: History, num_bytes: int) -> dict[str, Any]:
         "state": _state(history),
         "note": _note(len(history.loads), len(windows)),
         "loads": [_window(window) for window in windows],
+        "domains": _domains(history.loads, num_bytes // 2),
         "charts": charts_of(history.series),
         "events": [_event(event) for event in history.events[-MAX_EVENTS:]],
         "events_left_out": max(len(history.events) - MAX_EVENTS, 0),
@@ -56,6 +60,28 @@ def _affordable(loads: Sequence[LoadWindow], num_bytes: int) -> list[LoadWindow]
     each = num_layers * num_experts * 2 * tables * BASE64 + NUMBER * (8 * num_layers + num_ranks)
     every = math.ceil(len(loads) / max(num_bytes / each, 1))
     return list(loads[::-1][::every][::-1])
+
+
+def _domains(loads: Sequence[LoadWindow], num_bytes: int) -> dict[str, Any]:
+    """Names, and every n-th window that has counts by domain, counted from the last."""
+    counted = [(window, window.domains) for window in loads if window.domains is not None]
+    if not counted:
+        return {"names": [], "windows": []}
+    last = counted[-1][1]
+    every = math.ceil(len(counted) / max(num_bytes / (last.assigned_LDE.size * 2 * BASE64), 1))
+    shown = [(window, domains) for window, domains in counted[::-1][::every][::-1] if domains.names == last.names]
+    return {"names": list(last.names), "windows": [_domain_window(*one) for one in shown]}
+
+
+def _domain_window(window: LoadWindow, domains: DomainCounts) -> dict[str, Any]:
+    scale = max(1, math.ceil(int(domains.assigned_LDE.max()) / MAX_COUNT))
+    return {
+        "step": window.step,
+        "layers": list(window.layers),
+        "scale": scale,
+        "assigned": _packed(domains.assigned_LDE, scale),
+        "divergences": [_short(value) for value in divergences(domains.assigned_LDE)],
+    }
 
 
 def _window(window: LoadWindow) -> dict[str, Any]:
@@ -112,10 +138,10 @@ def _dropped(split: SplitCounts | None) -> list[float | None] | None:
     return [_short(100 * (1 - k / a)) if a else None for a, k in zip(assigned_X, kept_X, strict=True)]
 
 
-def _packed(counts_LE: NDArray[np.int64], scale: int) -> str:
-    """Rounded counts / scale as little-endian 16-bit numbers, row by row."""
-    scaled_LE = np.maximum(np.rint(counts_LE / scale), counts_LE > 0)
-    return base64.b64encode(scaled_LE.astype("<u2").tobytes()).decode()
+def _packed(counts_LX: NDArray[np.int64], scale: int) -> str:
+    """Rounded counts, of any shape, / scale as little-endian 16-bit numbers, row by row."""
+    scaled_LX = np.maximum(np.rint(counts_LX / scale), counts_LX > 0)
+    return base64.b64encode(scaled_LX.astype("<u2").tobytes()).decode()
 
 
 def _short(value: float) -> float | None:

@@ -16,9 +16,7 @@ from rich.console import Console
 from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.monitor.balance import Balance, summarise
-from moetrain.monitor.events import EventsFile
-from moetrain.monitor.expert_load import ExpertLoadFile, LoadWindow, SplitCounts, is_load_step
-from moetrain.monitor.jsonl import MetricsFile
+from moetrain.monitor.load_windows import LoadWindows
 from moetrain.monitor.progress import Progress, Status
 from moetrain.monitor.report import (
     ClosingReport,
@@ -30,22 +28,26 @@ from moetrain.monitor.report import (
 )
 from moetrain.monitor.rounds import News, Rounds, spoken
 from moetrain.monitor.rows import Rows, Timing, losses
+from moetrain.monitor.runfiles import RunFiles
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.monitor.signs import facts_of
 from moetrain.monitor.wandb import LayerLoad, WandbLogger, WandbSettings, is_picture_step
-from moetrain.monitor.window import GaugeMeans, WindowMeans
+from moetrain.monitor.window import WindowMeans
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import LoadCounts
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusFacts:
-    """What is said of the corpus in the closing report; entropies in nats per token. vocab_size: of the model."""
+    """What is said of the corpus in the closing report; entropies in nats per token. vocab_size: of the model.
+
+    domains: names of those that are told apart.
+    """
 
     vocab_size: int
     unigram_entropy: float
     bigram_entropy: float
     bytes_per_token: float
+    domains: tuple[str, ...] = ()
 
 
 class Recorder:
@@ -56,7 +58,8 @@ class Recorder:
         self._rows = Rows(config, mesh, corpus.vocab_size)
         self._rounds = Rounds(facts_of(config, mesh.ep_size))
         self._layers, self._tokens_per_step = self._rows.layers, self._rows.tokens_per_step
-        self._open(start)
+        self._load_windows = LoadWindows(config, mesh.ep_size, self._layers, corpus.domains)
+        self._files = RunFiles(folder, start, start * self._tokens_per_step)
         if start:
             self.event(start, "resume", f"taken up after step {start} on {mesh.world_size} ranks", {})
         self._progress = Progress(sys.stderr, config.monitor.log_every) if config.monitor.progress else None
@@ -72,18 +75,11 @@ class Recorder:
         self._last_steps = 0
         self._validation: float | None = None
 
-    def _open(self, start: int) -> None:
-        """A new segment of each file, after ``start`` steps."""
-        tokens = start * self._tokens_per_step
-        self._metrics = MetricsFile(self._folder.metrics, start, tokens)
-        self._loads = ExpertLoadFile(self._folder.expert_load, start, tokens)
-        self._events = EventsFile(self._folder.events, start)
-
     def go_back(self, start: int, message: str) -> None:
         """The run goes on after step ``start`` again, which it had passed; what was written since is left out."""
-        self._close_files()
-        self._open(start)
+        self._files.reopen(start, start * self._tokens_per_step)
         self.alarm(start, message)
+        self._rows = Rows(self._config, self._mesh, self._corpus.vocab_size)
         self._rounds = Rounds(facts_of(self._config, self._mesh.ep_size))
         self._seconds, self._steps = 0.0, 0
 
@@ -113,15 +109,17 @@ class Recorder:
             tokens = done * self._tokens_per_step
             assigned_LE, kept_LE = means.load.assigned_LE.numpy(), means.load.kept_LE.numpy()
             self._wandb.load(LayerLoad(done, tokens, assigned_LE, kept_LE, self._layers))
-        if means.load is not None and is_load_step(done, self._config.train.steps, self._config.monitor.log_every):
-            self._loads.write(self._load_window(done, means.load, means.gauges))
+        if (load_window := self._load_windows.of(done, self._steps, means)) is not None:
+            self._files.loads.write(load_window)
+        if (failure := self._files.alarm()) is not None:
+            self.alarm(done, failure)
         self._show(done, means, row.tokens_per_second, row.balance)
         self._tell(done, self._rounds.visit(done, row.numbers))
         self._end_window(means, phases)
 
     def event(self, done: int, kind: str, message: str, data: Mapping[str, object]) -> None:
         """Something that happened after step ``done``; see moetrain.monitor.events."""
-        self._events.write(done, kind, message, data)
+        self._files.events.write(done, kind, message, data)
 
     def alarm(self, done: int, message: str) -> None:
         """An event that an operator must see now."""
@@ -143,12 +141,17 @@ class Recorder:
         if self._progress is not None:
             self._progress.say(f"step {done}: validation loss {means.lm:.3f}")
 
+    def stop(self, done: int, report: str) -> None:
+        """The run ends before its time: why, as an alarm and in report.txt."""
+        self.alarm(done, report)
+        self._folder.report.write_text(report + "\n", encoding="utf-8")
+        self._end()
+
     def close(self, sample: str | None, memory: tuple[RankMemory, ...], saved: Path | None) -> None:
         """The closing report, to the terminal and to report.txt."""
-        if self._progress is not None:
-            self._progress.close()
-        self._close_files()
-        notes = self._close_wandb()
+        notes = self._end()
+        if (lost := self._files.note()) is not None:
+            notes.append(lost)
         if self._skipped:
             notes.append(f"{self._skipped} steps were skipped: see {self._folder.events}")
         if self._last is None:
@@ -156,11 +159,10 @@ class Recorder:
             return
         report = self._report(self._last, sample, memory, saved, notes)
         Console().print(closing_report(report, shutil.get_terminal_size().columns))
-        write_report(report, self._folder.report)
-
-    def _close_files(self) -> None:
-        for file in (self._metrics, self._loads, self._events):
-            file.close()
+        try:
+            write_report(report, self._folder.report)
+        except OSError as error:
+            self._say(f"{self._folder.report} can not be written: {error.strerror or error}")
 
     def _say(self, message: str) -> None:
         if self._progress is not None:
@@ -177,23 +179,9 @@ class Recorder:
             if self._wandb is not None:
                 self._wandb.alert(f"{self._folder.id} at step {done}", line, "WARN")
 
-    def _load_window(self, done: int, load: LoadCounts, gauges: GaugeMeans | None) -> LoadWindow:
-        return LoadWindow(
-            step=done,
-            tokens=done * self._tokens_per_step,
-            num_steps=self._steps,
-            layers=self._layers,
-            ep_size=self._mesh.ep_size,
-            assigned_LE=load.assigned_LE.numpy(),
-            kept_LE=load.kept_LE.numpy(),
-            received_LW=None if gauges is None else gauges.received_LW,
-            choice=None if gauges is None else SplitCounts(*gauges.choice_2LK),
-            position=None if gauges is None else SplitCounts(*gauges.position_2LP),
-        )
-
     def _write(self, done: int, row: Mapping[str, float]) -> None:
         tokens = done * self._tokens_per_step
-        self._metrics.write(done, tokens, row)
+        self._files.metrics.write(done, tokens, row)
         if self._wandb is not None:
             self._wandb.scalars(done, tokens, row)
 
@@ -243,6 +231,8 @@ class Recorder:
                 traits.experts_per_token if traits.ragged else None,
             )
         return ClosingReport(
+            reached=self._status.step,
+            planned=self._config.train.steps,
             steps=num_steps,
             tokens=num_steps * self._tokens_per_step,
             seconds=perf_counter() - self._started,
@@ -278,7 +268,11 @@ class Recorder:
             )
         )
 
-    def _close_wandb(self) -> list[str]:
+    def _end(self) -> list[str]:
+        """Close everything. Returns what wandb did."""
+        if self._progress is not None:
+            self._progress.close()
+        self._files.close()
         if self._wandb is None:
             return []
         outcome = self._wandb.close()

@@ -71,11 +71,14 @@ class LoadReport:
 class ClosingReport:
     """Everything the closing report shows.
 
+    reached, planned: steps of the whole run, of which ``steps`` are of this start; it was left where they differ.
     seconds: wall time of the training loop. phase_seconds: per step, by phase; empty if it was not timed. mfu: model
     FLOP utilisation in 0..1, None where the peak of the machine is not known. load: None for a model without experts.
     sample: generated text. notes: lines such as what wandb did. checkpoint: None if none was saved.
     """
 
+    reached: int
+    planned: int
     steps: int
     tokens: int
     seconds: float
@@ -94,7 +97,9 @@ class ClosingReport:
 
 def closing_report(report: ClosingReport, width: int) -> RenderableType:
     """The whole report, at most ``width`` columns wide; to be printed once, by rank 0."""
-    parts: list[RenderableType] = [Rule("Training is done"), _summary(report), _losses(report.loss)]
+    left = f"Training was left after step {report.reached} of {report.planned}"
+    title = left if report.reached < report.planned else "Training is done"
+    parts: list[RenderableType] = [Rule(title), _summary(report), _losses(report.loss)]
     if report.load is not None:
         parts += [load_table(report.load.counts, report.load.balance, width), _balance(report.load)]
     if report.phase_seconds:
@@ -193,6 +198,8 @@ def _paths(report: ClosingReport) -> Table:
     table = Table.grid(padding=(0, 2))
     checkpoint = "none saved" if report.checkpoint is None else str(report.checkpoint)
     rows = [("run folder", str(report.folder)), ("metrics", str(report.metrics)), ("checkpoint", checkpoint)]
+    if report.reached < report.planned:
+        rows.append(("to go on", f"the same command, with run.id={report.folder.name}"))
     for name, path in [*rows, *[("note", note) for note in report.notes]]:
         table.add_row(name, Text(path, overflow="fold"))
     return table

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moetrain.checks import ep_size_of
 from moetrain.config import Config
-from moetrain.monitor.doctor import MEMORY, NAMES, Diagnosis, diagnose
+from moetrain.monitor.doctor import MEMORY, NAMES, RULES, Diagnosis, diagnose
 from moetrain.monitor.history import History
 from moetrain.monitor.jsonl import STEP
 from moetrain.monitor.signs import WINDOW, Facts, Signs, facts_of, signs_of, signs_of_series
@@ -103,11 +103,17 @@ def findings(signs: Signs) -> list[Finding]:
     return [Finding(all_[-1][1], all_[0][0], all_[-1][0], len(all_), all_[-1][0] == end) for all_ in made.values()]
 
 
-def findings_text(history: History, found: list[Finding]) -> str:
-    """For people."""
+def num_heard(history: History) -> int:
+    """How many of the ten rules have seen enough of the run to say anything, be it that nothing is wrong."""
+    signs = _signs(history)
+    return sum(rule.could_speak(signs) for rule in RULES)
+
+
+def findings_text(history: History, found: list[Finding], heard: int) -> str:
+    """For people. heard: see ``num_heard``."""
     head = f"{history.facts.id}: step {history.last_step} of {history.facts.steps}"
     if not found:
-        return f"{head}\nhealthy: nothing is wrong"
+        return f"{head}\n{_nothing_found(heard)}"
     lines = [head]
     for one in found:
         until = "to the end" if one.at_end else f"to {one.last_step}"
@@ -116,11 +122,20 @@ def findings_text(history: History, found: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def findings_json(history: History, found: list[Finding]) -> str:
-    """For programs."""
+def _nothing_found(heard: int) -> str:
+    if heard == 0:
+        return "no verdict: nothing is said of the first steps of a run, nor by a few windows, nor without experts"
+    if heard < len(RULES):
+        return f"healthy so far: nothing is wrong by {heard} of {len(RULES)} rules, the others need more windows"
+    return "healthy: nothing is wrong"
+
+
+def findings_json(history: History, found: list[Finding], heard: int) -> str:
+    """For programs. healthy: null without a verdict."""
     diagnoses = [vars(one.diagnosis) | {k: v for k, v in vars(one).items() if k != "diagnosis"} for one in found]
-    whole = {"run": history.facts.id, "last_step": history.last_step, "healthy": not found, "diagnoses": diagnoses}
-    return json.dumps(whole, indent=2)
+    healthy = not found if heard else None
+    whole = {"run": history.facts.id, "last_step": history.last_step, "healthy": healthy}
+    return json.dumps({**whole, "rules": len(RULES), "rules_heard": heard, "diagnoses": diagnoses}, indent=2)
 
 
 def _signs(history: History) -> Signs:

@@ -9,6 +9,7 @@ from moetrain.config import Config
 from moetrain.models.block import is_moe_layer
 from moetrain.models.counts import size_report
 from moetrain.monitor.balance import Balance, flatten, summarise
+from moetrain.monitor.domains import domain_numbers
 from moetrain.monitor.running import Running
 from moetrain.monitor.vitals import router_state, vitals
 from moetrain.monitor.window import WindowMeans
@@ -64,6 +65,8 @@ class Rows:
             assigned_LE = means.load.assigned_LE.numpy()
             row |= flatten(balance) | self._running.add(assigned_LE) | router_state(states, self.layers)
             row |= vitals(means.gauges, self.layers, self._row_bytes)
+            if means.load.domain_LDE is not None:
+                row |= domain_numbers(means.load.domain_LDE.numpy(), self.layers)
             tokens = timing.steps * self.tokens_per_step
             row["balance/experts_per_token"] = float(assigned_LE.sum()) / (tokens * len(self.layers))
         return Row(row, balance, tokens_per_second)

@@ -6,7 +6,7 @@
                  run.json        config hash, every start     expert_load.jsonl  exact counts, of some windows
                  start-N.diff    uncommitted source, start N  events.jsonl       what happened
                  logs/rankN.log  one a rank                   report.txt         the closing report
-                 checkpoints/
+                 checkpoints/        requeue: it was left, saved
 
 The id: ``run.id``, else SLURM_JOB_ID (a requeued job keeps it), else the ``--rdzv-id`` that the user gave to torchrun,
 else a time stamp. ``torchrun --standalone`` makes up a random id: such a run gets a time stamp too, and finds its
@@ -31,6 +31,7 @@ from typing import Any
 
 from moetrain.config import Config
 from moetrain.monitor.origin import Origin
+from moetrain.redaction import Redacted
 from moetrain.types import ConfigError, Problem
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -103,8 +104,8 @@ class RunFolder:
         return self.path / "rollbacks.json"
 
     @property
-    def stop(self) -> Path:
-        return self.path / "STOP"
+    def requeue(self) -> Path:
+        return self.path / "requeue"
 
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank{rank}.log"
@@ -141,7 +142,7 @@ def open_run_folder(
 def rank_log(folder: RunFolder, rank: int) -> Iterator[None]:
     """Everything that is logged in this process from level INFO on goes to this rank's file, appended."""
     handler = logging.FileHandler(folder.log(rank), encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(Redacted(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
@@ -156,15 +157,32 @@ def rank_log(folder: RunFolder, rank: int) -> Iterator[None]:
 
 def config_hash(config: Config) -> str:
     """Of everything that must stay the same on resume; the same on every rank and every machine."""
-    return hashlib.sha256(json.dumps(_bound(_flat(config)), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_bound(flat(config)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(config: Config) -> dict[str, object]:
+    """Dotted keys and plain values, as the user writes them: {"train.steps": 100, ...}."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    out: dict[str, object] = {}
+    todo = [("", plain)]
+    while todo:
+        prefix, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(f"{prefix}.{key}" if prefix else str(key), inner) for key, inner in value.items()]
+        else:
+            out[prefix] = value
+    return dict(sorted(out.items()))
+
+
+def known_id(config: Config, origin: Origin) -> str | None:
+    """The id that somebody chose, or that an earlier start under the same torchrun made. Raises ConfigError."""
+    return _name(config) or _restarted(Path(config.run.root), origin)
 
 
 def _prepare(config: Config, config_text: str, origin: Origin) -> str:
     """What only rank 0 does. Returns the name of the folder, which then exists and agrees with the config."""
     root = Path(config.run.root)
-    name = _name(config)
-    if name is None:
-        name = _restarted(root, origin) or _fresh(root)
+    name = known_id(config, origin) or _fresh(root)
     folder = RunFolder(root / name)
     folder.path.mkdir(parents=True, exist_ok=True)
     starts: list[dict[str, Any]] = []
@@ -181,9 +199,10 @@ def _prepare(config: Config, config_text: str, origin: Origin) -> str:
     record = {
         "id": name,
         "config_hash": config_hash(config),
-        "config": _flat(config),
+        "config": flat(config),
         "starts": [*starts, {"start": number, "time": _now().isoformat(), **origin.facts()}],
     }
+    folder.requeue.unlink(missing_ok=True)
     _write(folder.config, config_text)
     _write(folder.record, json.dumps(record, indent=2) + "\n")
     return name
@@ -222,7 +241,7 @@ def _restarted(root: Path, origin: Origin) -> str | None:
         return None
     for record in root.glob("*/run.json"):
         found = read_record(record)
-        if found is not None and any(start["launch_id"] == origin.launch_id for start in found["starts"]):
+        if found is not None and any(start.get("launch_id") == origin.launch_id for start in found["starts"]):
             return record.parent.name
     return None
 
@@ -247,26 +266,12 @@ def _agree(folder: RunFolder, config: Config, old: Mapping[str, object]) -> None
         raise ConfigError([Problem("run.resume", "never", f"{folder.path} already holds a run", fix)])
     if config.run.on_config_change == "allow":
         return
-    before, after = _bound(old), _bound(_flat(config))
+    before, after = _bound(old), _bound(flat(config))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     fix = "put it back, choose another run.id, or say run.on_config_change=allow"
     where = f"the run in {folder.path} was started with"
     if changed:
         raise ConfigError([Problem(key, after.get(key), f"{where} {before.get(key)!r}", fix) for key in changed])
-
-
-def _flat(config: Config) -> dict[str, object]:
-    """Dotted keys and plain values, as the user writes them: {"train.steps": 100, ...}."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    out: dict[str, object] = {}
-    todo = [("", plain)]
-    while todo:
-        prefix, value = todo.pop()
-        if isinstance(value, dict):
-            todo += [(f"{prefix}.{key}" if prefix else str(key), inner) for key, inner in value.items()]
-        else:
-            out[prefix] = value
-    return dict(sorted(out.items()))
 
 
 def _bound(flat: Mapping[str, object]) -> dict[str, object]:
@@ -277,9 +282,10 @@ def read_record(record: Path) -> dict[str, Any] | None:
     """A run.json, or None if it is damaged or not one of ours."""
     try:
         found = json.loads(record.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and {"config", "starts"} <= found.keys() else None
+    whole = isinstance(found, dict) and isinstance(found.get("config"), dict) and isinstance(found.get("starts"), list)
+    return found if whole and all(isinstance(start, dict) for start in found["starts"]) else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ NUM_WINDOWS = 10
 
 
 class Running:
-    """The last ten windows of global counts before dropping, int64 [L, E]."""
+    """The last ten windows of global counts before dropping, int64 [L, E]; fewer after a start, which knows of none."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers = layers

@@ -133,6 +133,9 @@ def _more_balance(config: Config) -> str:
         return f"raise router.bias_rate (now {own['bias_rate']:g})"
     if coefs := [f"router.{name} (now {value:g})" for name, value in own.items() if name.endswith("_coef")]:
         return f"raise {' or '.join(coefs)}"
+    if config.control.target_max_vio is not None:
+        target, most = config.control.target_max_vio, config.control.aux_max
+        return f"lower control.target_max_vio (now {target:g}) or raise control.aux_max (now {most:g})"
     if balance.balance_coef > 0:
         return f"raise balance.balance_coef (now {balance.balance_coef:g})"
     return "switch a balance loss on (balance=default)"

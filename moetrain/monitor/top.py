@@ -70,13 +70,14 @@ class Watch:
 
 
 def top(run: Path, once: bool, console: Console) -> int:
-    """Redraw every second until the run is over or Ctrl-C is pressed; with ``once`` draw once. Returns the exit code.
+    """Redraw every second until the run is over or Ctrl-C is pressed; draw once with ``once``, and where ``console`` is
+    no terminal, such as a file or a pipe. Returns the exit code.
 
     Raises ConfigError if ``run`` is no run folder, or if a whole line in it is damaged.
     """
     watch = Watch(run)
     view = watch.look()
-    if once or view.is_over:
+    if once or view.is_over or not console.is_terminal:
         console.print(frame(view, console))
         return 0
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
@@ -109,7 +110,7 @@ def _frame(view: View, width: int, num_layers: int) -> RenderableType:
     some = LoadCounts(counts.assigned_LE[shown], counts.kept_LE[shown])
     table = load_table(some, dataclasses.replace(balance, layers=tuple(balance.layers[i] for i in shown)), width)
     first = view.window.step - view.window.num_steps + 1
-    return Group(*parts, table, _cut(f"steps {first} to {view.window.step}: {_summary(balance)}"))
+    return Group(*parts, table, _cut(f"{_summary(balance)}, steps {first} to {view.window.step}"))
 
 
 def _cut(text: str) -> Text:

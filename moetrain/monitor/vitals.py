@@ -23,7 +23,9 @@ def vitals(gauges: GaugeMeans, layers: Sequence[int], row_bytes: int) -> dict[st
     balance/drop_choice_<i>, balance/drop_position_<i>: dropped share of the i-th choice (the first eight) and of the
     i-th eighth of the sequence, over all layers. balance/late_drop: of the last eighth minus that of the first.
     balance/received_max: rows of the busiest rank over the mean of the ranks, in the worst layer; 1 is fair.
-    balance/exchange_mib_max: MiB which that rank's experts were given in the window, all layers, one way.
+    balance/exchange_mib_max: MiB of rows which the experts of one rank, the busiest, were given in the window, all
+    layers, one way. Under padded dispatch a row is a slot, filled or empty, and all ranks get as many; under dedup a
+    token counts once an expert, though it travels once a rank. What a rank gives itself is counted.
     balance/router_entropy, router_confidence: means over layers; logit_max, swing: of the worst layer.
     """
     choice_K, position_P = (dropped(counts.sum(axis=1)) for counts in (gauges.choice_2LK, gauges.position_2LP))

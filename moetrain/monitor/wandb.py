@@ -27,6 +27,7 @@ from moetrain.monitor.balance import relative_load
 from moetrain.monitor.heatmap import DROP, LOAD, heatmap
 from moetrain.monitor.jsonl import STEP, TOKENS
 from moetrain.monitor.pace import is_spread_step
+from moetrain.redaction import redact
 
 log = logging.getLogger(__name__)
 QUEUE_SIZE = 256
@@ -168,6 +169,7 @@ class WandbLogger:
         quiet = wandb.Settings(
             silent=True,
             console="off",
+            disable_git=True,
             init_timeout=s.init_timeout_s,
             login_timeout=s.init_timeout_s,
             finish_timeout=s.finish_timeout_s,
@@ -191,7 +193,7 @@ class WandbLogger:
     def _fail(self, where: str, error: BaseException) -> None:
         """The first failure is remembered and told; a wandb that is down would otherwise fill the log."""
         if self._failure is None:
-            self._failure = f"{where}: {type(error).__name__}: {error}"
+            self._failure = redact(f"{where}: {type(error).__name__}: {error}")
             log.warning("wandb failed, training goes on without it: %s", self._failure)
 
 

@@ -80,22 +80,23 @@ class Window:
         if self._load is None or self._gauges is None:
             self._load, self._gauges = load, gauges
             return
-        before, earlier = self._load, self._gauges
-        self._load = LoadCounts(load.assigned_LE + before.assigned_LE, load.kept_LE + before.kept_LE)
-        self._gauges = [old.plus(new) for old, new in zip(earlier, gauges, strict=True)]
+        self._load = self._load.plus(load)
+        self._gauges = [old.plus(new) for old, new in zip(self._gauges, gauges, strict=True)]
 
     def reduce(self) -> WindowMeans:
         """The window over all ranks; starts a new one. Collective."""
         parts, load, gauges = [self._sums_X], self._load, self._gauges
         if load is not None and gauges:
-            parts += [load.assigned_LE, load.kept_LE, *_parts(gauges, self._swing.of_rank(), self._mesh)]
+            counted = [load.assigned_LE, load.kept_LE, *([] if load.domain_LDE is None else [load.domain_LDE])]
+            parts += [*counted, *_parts(gauges, self._swing.of_rank(), self._mesh)]
         sums_X, *rest = sum_together(parts, self._mesh.world_group)
         means_X = sums_X / (self._num * self._mesh.world_size) if self._num else torch.full_like(sums_X, torch.nan)
         loss, lm, *terms = means_X.tolist()
         counts, means = None, None
-        if rest:
-            counts = LoadCounts(rest[0].to(torch.int64), rest[1].to(torch.int64))
-            means = _means(rest[2:], rest[0].shape[1], self._mesh.world_size)
+        if load is not None and rest:
+            num_counts = 2 if load.domain_LDE is None else 3
+            counts = LoadCounts(*(sums.to(torch.int64) for sums in rest[:num_counts]))
+            means = _means(rest[num_counts:], load.assigned_LE.shape[1], self._mesh.world_size)
         self._clear()
         return WindowMeans(loss, lm, dict(zip(NAMES, terms, strict=True)), counts, means)
 

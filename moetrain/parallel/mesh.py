@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from moetrain.config import EngineConfig, MachineConfig
+from moetrain.parallel.collectives import gather_texts
+from moetrain.types import ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def choose_device(machine: MachineConfig) -> torch.device:
 def init_mesh(ep_size: int, machine: MachineConfig) -> Mesh:
     """Join the world that torchrun describes in the environment, or stand alone when there is none.
 
-    Raises ValueError if ``ep_size`` does not divide the world (checked before any group is made).
+    Raises ValueError if ``ep_size`` does not divide the world (checked before any group is made), and ConfigError if it
+    is not the same on all ranks.
     """
     device = choose_device(machine)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -64,11 +67,20 @@ def init_mesh(ep_size: int, machine: MachineConfig) -> Mesh:
     if "RANK" not in os.environ:
         return Mesh(rank=0, world_size=1, ep_size=1, device=device)
     timeout = timedelta(seconds=machine.timeout_s)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    _await_all(store, rank, world_size, timeout)
     dist.init_process_group(
         backend=dist.get_default_backend_for_device(device),
+        store=store,
+        rank=rank,
+        world_size=world_size,
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
+    asked = gather_texts(str(ep_size), dist.group.WORLD)
+    if len(set(asked)) > 1:  # groups made of them would wait for each other
+        reason = f"ranks were started with different ones: {', '.join(asked)}"
+        raise ConfigError([Problem("engine.ep_size", ep_size, reason, "give every host the same words")])
     return mesh_of_world(ep_size, device, timeout)
 
 
@@ -80,6 +92,26 @@ def mesh_of_world(ep_size: int, device: torch.device, timeout: timedelta | None 
     ep_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
     expert_dp_group, _ = dist.new_subgroups_by_enumeration(ranks.t().tolist(), timeout=timeout)
     return Mesh(rank, world_size, ep_size, device, dist.group.WORLD, ep_group, expert_dp_group)
+
+
+def bound_groups(machine: MachineConfig) -> None:
+    """Give every process group there is the timeout, also those that somebody else has made: torch's own default is 10
+    minutes for NCCL and 30 for gloo.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        group.set_timeout(timedelta(seconds=machine.timeout_s))
+
+
+def _await_all(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Before any connection between ranks: those would time out, or wait, without a word about who is missing."""
+    here = [f"moetrain/here/{one}" for one in range(world_size)]
+    store.set(here[rank], "")
+    try:
+        store.wait(here, timeout)
+    except dist.DistStoreError as error:
+        missing = [one for one, key in enumerate(here) if not store.check([key])]
+        told = f"ranks {missing} of {world_size} have not come within {timeout.total_seconds():.0f} s"
+        raise TimeoutError(f"{told} (machine.timeout_s)") from error
 
 
 def close_mesh() -> None:

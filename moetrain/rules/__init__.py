@@ -24,8 +24,12 @@ class Rule:
 
 
 def rule_problems(values: Mapping[str, Any]) -> list[Problem]:
-    """What the rules say of ``values``: ``section.key`` -> value, and ``world``. A rule of unknown fields is silent."""
-    known = [(rule, {**rule.otherwise, **values}) for rule in RULES]
+    """What the rules say of ``values``: ``section.key`` -> value, and ``world``. A rule of unknown fields is silent.
+
+    With ``run.elastic`` they judge what is fitted to the world.
+    """
+    fitted = layout.fitted(values)
+    known = [(rule, {**rule.otherwise, **values, **fitted}) for rule in RULES]
     found = [
         rule.check(*(of[key] for key in rule.fields)) for rule, of in known if all(key in of for key in rule.fields)
     ]
@@ -50,7 +54,7 @@ RULES = (
     Rule(("experts.shared_mode", "experts.num_shared"), shapes.shared_to_join),
     Rule(("engine.ep_size", "experts.num_experts", "world"), layout.expert_parallel),
     Rule(("router.traits", "engine.ep_size", "experts.num_experts", "world"), layout.router_under_ep),
-    Rule(("train.global_batch", "train.micro_batch", "world"), layout.whole_micro_batches),
+    Rule(("train.global_batch", "train.micro_batch", "world", "run.elastic"), layout.whole_micro_batches),
     Rule(("model.num_heads", "model.num_kv_heads"), shapes.grouped_heads),
     Rule(("model.head_dim",), shapes.even_head),
     Rule(("model.dim",), partial(shapes.aligned_width, field="model.dim")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from moetrain.types import Problem
 
@@ -21,14 +21,15 @@ def data_at_path(source: str, path: str | None) -> Problem | None:
         what = "the name of a data set" if source == "hub" else "a file or a folder"
         reason = f"data.source = {source} needs {what}"
         return Problem("data.path", path, reason, f"set data.path={'owner/name' if source == 'hub' else '/path/to/it'}")
-    if source != "hub" and not Path(path).expanduser().exists():
-        reason = f"nothing exists at {Path(path).expanduser().absolute()}"
+    at = os.path.expanduser(path)  # unlike those of Path, these take any text
+    if source != "hub" and not os.path.exists(at):
+        reason = f"nothing exists at {os.path.abspath(at)}"
         return Problem("data.path", path, reason, "correct data.path; a relative one starts at the working folder")
     return None
 
 
 def tokenizer_found(tokenizer: str) -> Problem | None:
-    if tokenizer in TOKENIZERS or Path(tokenizer).expanduser().is_file():
+    if tokenizer in TOKENIZERS or os.path.isfile(os.path.expanduser(tokenizer)):
         return None
     fix = f"set data.tokenizer={' | '.join(TOKENIZERS)}, or the path of a tokenizer.json"
     return Problem("data.tokenizer", tokenizer, "is no tokenizer that ships, and no file is there", fix)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +13,33 @@ from moetrain.types import Problem, RouterTraits
 
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
 PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
+SIZES = ("engine.ep_size", "experts.num_experts", "train.micro_batch", "train.global_batch")
+
+
+def fitted_ep_size(ep_size: int | None, num_experts: int, world: int) -> int:
+    """The largest size that divides ranks and experts and is at most ``ep_size``; None: no bound."""
+    common = math.gcd(world, num_experts)
+    return max(size for size in range(1, min(ep_size or common, common) + 1) if common % size == 0)
+
+
+def fitted_micro_batch(micro_batch: int, global_batch: int, world: int) -> int | None:
+    """The largest of at most ``micro_batch`` that makes up each rank's share; None: there are no equal shares."""
+    share, rest = divmod(global_batch, world)
+    return None if rest else max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+
+
+def fitted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that ``run.elastic`` puts in the place of those that were typed, as far as it can."""
+    of = {key.rpartition(".")[2]: values[key] for key in ("world", *SIZES) if key in values}
+    if not values.get("run.elastic") or "world" not in of:
+        return {}
+    found: dict[str, Any] = {}
+    if {"ep_size", "num_experts"} <= of.keys():
+        found["engine.ep_size"] = fitted_ep_size(of["ep_size"], of["num_experts"], of["world"])
+    if {"micro_batch", "global_batch"} <= of.keys():
+        micro_batch = fitted_micro_batch(of["micro_batch"], of["global_batch"], of["world"])
+        found |= {} if micro_batch is None else {"train.micro_batch": micro_batch}
+    return found
 
 
 def router_under_ep(traits: RouterTraits, ep_size: int | None, num_experts: int, world: int) -> Problem | None:
@@ -27,18 +56,34 @@ def expert_parallel(ep_size: int | None, num_experts: int, world: int) -> Proble
     undivided += [f"experts.num_experts = {num_experts}"] if num_experts % ep_size else []
     common = math.gcd(world, num_experts)
     works = [str(size) for size in range(1, common + 1) if common % size == 0]
-    fix = f"set engine.ep_size={' | '.join(works)}, or null for the largest of them"
+    fix = f"set engine.ep_size={' | '.join(works)}, or null for the largest; run.elastic=true lowers it"
     return Problem("engine.ep_size", ep_size, f"doesn't divide {' nor '.join(undivided)}", fix)
 
 
-def whole_micro_batches(global_batch: int, micro_batch: int, world: int) -> Problem | None:
+def whole_micro_batches(global_batch: int, micro_batch: int, world: int, elastic: bool) -> Problem | None:
     unit = world * micro_batch
     if global_batch % unit == 0:
         return None
+    if elastic:
+        return _no_equal_shares(global_batch, world)
     below = global_batch // unit * unit
     works = [str(batch) for batch in (below, below + unit) if batch]
     reason = f"isn't a multiple of {unit}, train.micro_batch = {micro_batch} times the {_ranks(world)}"
-    return Problem("train.global_batch", global_batch, reason, f"set train.global_batch={' or '.join(works)}")
+    fix = f"set train.global_batch={' or '.join(works)}"
+    if (fits := fitted_micro_batch(micro_batch, global_batch, world)) is not None:
+        fix += f", or train.micro_batch={fits}; run.elastic=true lowers it"
+    return Problem("train.global_batch", global_batch, reason, fix)
+
+
+def _no_equal_shares(global_batch: int, world: int) -> Problem:
+    """What even run.elastic can not fit; with the numbers of ranks that work, up to the first above ``world``."""
+    fits = [ranks for ranks in range(1, global_batch + 1) if global_batch % ranks == 0]
+    shown = [ranks for ranks in fits if ranks < world] + [ranks for ranks in fits if ranks > world][:1]
+    reason = f"can't be shared out evenly among the {_ranks(world)}, whatever train.micro_batch is"
+    below = global_batch // world * world
+    sizes = " or ".join(str(batch) for batch in (below, below + world) if batch)
+    fix = f"start {' | '.join(map(str, shown))} ranks, or set train.global_batch={sizes}"
+    return Problem("train.global_batch", global_batch, reason, fix)
 
 
 def zero_needs_deepspeed(name: str, zero_stage: int) -> Problem | None:

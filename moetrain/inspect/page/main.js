@@ -46,7 +46,7 @@ function render() {
   if (corpus !== null) {
     const layer = at(corpus, chosen());
     get("measures").textContent = describeLayer(layer);
-    renderProfiles(get("profiles"), layer);
+    renderProfiles(get("profiles"), layer, page.corpus.domains);
   }
 }
 

@@ -1,13 +1,15 @@
 // What the experts of one layer specialise in.
 
 const PROFILE_HEAD = ["expert", "load", "dropped", "by eighth of the sequence", "together with", "tokens by lift"];
+const DOMAIN_HEAD = "domains by lift";
+const TOP_DOMAINS = 3;
 const EIGHTH_HEIGHT = 20;
 
-function renderProfiles(box, layer) {
+function renderProfiles(box, layer, domains) {
   box.replaceChildren();
   const table = element("table", box);
   const head = element("tr", element("thead", table));
-  for (const name of PROFILE_HEAD) element("th", head, name);
+  for (const name of domains.length > 0 ? [...PROFILE_HEAD, DOMAIN_HEAD] : PROFILE_HEAD) element("th", head, name);
   const body = element("tbody", table);
   for (const one of layer.experts) {
     const row = element("tr", body);
@@ -20,7 +22,15 @@ function renderProfiles(box, layer) {
     const partners = one.partners.map((partner) => `${partner.expert}: ${number(100 * partner.share, 0)} %`);
     element("td", row, partners.join(", "), "together");
     renderTopTokens(element("td", row, "", "tokens"), one.tokens);
+    if (domains.length > 0) element("td", row, describeDomains(one.domains, domains));
   }
+}
+
+// Those whose tokens choose the expert most often, over how often all tokens do.
+function describeDomains(lifts, names) {
+  const known = lifts.map((lift, i) => ({ lift, name: names[i] })).filter((one) => one.lift !== null);
+  known.sort((a, b) => b.lift - a.lift);
+  return known.slice(0, TOP_DOMAINS).map((one) => `${one.name} ×${number(one.lift, 1)}`).join(", ");
 }
 
 // Bars from nothing to twice the fair share and more.
@@ -50,6 +60,9 @@ function describeLayer(layer) {
   }
   if (layer.vocabulary !== null) {
     parts.push(`a token id goes to its favourite expert ${number(100 * layer.vocabulary, 0)} % of the time`);
+  }
+  if (layer.divergence !== null) {
+    parts.push(`domain divergence ${number(layer.divergence)} (0: all domains are routed alike, 1: no two share an expert)`);
   }
   return parts.join("; ");
 }

@@ -5,21 +5,21 @@ const AXIS = 20;
 const HALF_LINE = 6;
 
 // Room of a grid of rows x columns in a canvas; edges are whole pixels, gaps only between large cells.
-function grid(rows, columns, width, tallest) {
+function grid(rows, columns, width, tallest, left = LEFT) {
   const high = Math.max(4, Math.min(26, Math.floor(tallest / rows)));
-  const wide = (width - LEFT) / columns;
-  return { rows, columns, high, wide, gap: wide >= 7 && high >= 7 ? 1 : 0, height: rows * high + AXIS };
+  const wide = (width - left) / columns;
+  return { rows, columns, left, high, wide, gap: wide >= 7 && high >= 7 ? 1 : 0, height: rows * high + AXIS };
 }
 
 function cellAt(room, x, y) {
   const row = Math.floor(y / room.high);
-  const column = Math.floor((x - LEFT) / room.wide);
+  const column = Math.floor((x - room.left) / room.wide);
   return row >= 0 && row < room.rows && column >= 0 && column < room.columns ? { row, column } : null;
 }
 
 function fillCell(pen, room, row, column, colour) {
-  const left = Math.round(LEFT + column * room.wide);
-  const right = Math.round(LEFT + (column + 1) * room.wide);
+  const left = Math.round(room.left + column * room.wide);
+  const right = Math.round(room.left + (column + 1) * room.wide);
   pen.fillStyle = colour;
   pen.fillRect(left, row * room.high, right - left - room.gap, room.high - room.gap);
 }
@@ -27,7 +27,7 @@ function fillCell(pen, room, row, column, colour) {
 // Fair is nearly the colour of the paper, so the whole needs an edge.
 function outline(pen, room, colours) {
   pen.strokeStyle = colours.line;
-  pen.strokeRect(LEFT - 0.5, 0.5, room.columns * room.wide, room.rows * room.high - 0.5);
+  pen.strokeRect(room.left - 0.5, 0.5, room.columns * room.wide, room.rows * room.high - 0.5);
 }
 
 function labelRows(pen, room, names, colours) {
@@ -35,7 +35,7 @@ function labelRows(pen, room, names, colours) {
   pen.fillStyle = colours.muted;
   pen.textAlign = "right";
   for (let row = 0; row < room.rows; row += every) {
-    pen.fillText(String(names[row]), LEFT - 6, Math.max(row * room.high + room.high / 2, HALF_LINE));
+    pen.fillText(String(names[row]), room.left - 6, Math.max(row * room.high + room.high / 2, HALF_LINE));
   }
 }
 
@@ -45,7 +45,7 @@ function labelColumns(pen, room, name, colours) {
   pen.fillStyle = colours.muted;
   pen.textAlign = "center";
   for (let column = 0; column < room.columns; column += every) {
-    pen.fillText(String(name(column)), LEFT + (column + 0.5) * room.wide, room.rows * room.high + AXIS / 2);
+    pen.fillText(String(name(column)), room.left + (column + 0.5) * room.wide, room.rows * room.high + AXIS / 2);
   }
 }
 
@@ -101,12 +101,12 @@ function drawRanks(canvas, loads, chosen) {
   outline(pen, room, colours);
   labelRows(pen, room, [...Array(ranks).keys()], colours);
   pen.textAlign = "left";
-  pen.fillText(`step ${loads[0].step}`, LEFT, room.rows * room.high + AXIS / 2);
+  pen.fillText(`step ${loads[0].step}`, room.left, room.rows * room.high + AXIS / 2);
   pen.textAlign = "right";
-  pen.fillText(`step ${loads[loads.length - 1].step}`, LEFT + room.columns * room.wide, room.rows * room.high + AXIS / 2);
+  pen.fillText(`step ${loads[loads.length - 1].step}`, room.left + room.columns * room.wide, room.rows * room.high + AXIS / 2);
   pen.strokeStyle = colours.ink;
   const wide = Math.max(Math.round(room.wide), 3);
-  const left = Math.min(Math.round(LEFT + chosen * room.wide), Math.round(LEFT + room.columns * room.wide) - wide);
+  const left = Math.min(Math.round(room.left + chosen * room.wide), Math.round(room.left + room.columns * room.wide) - wide);
   pen.strokeRect(left + 0.5, 0.5, wide - 1, room.rows * room.high - 1);
   return room;
 }

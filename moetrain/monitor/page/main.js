@@ -38,6 +38,7 @@ function buildRun(run, index) {
     const cell = cellAt(part.room, x, y);
     return cell === null ? null : describeCell(part.load, cell);
   });
+  buildDomains(part, box);
   if (run.loads.some((load) => load.ranks.length > 1)) buildRanks(part, box);
   part.bars = element("div", box, "", "drops");
   element("h3", box, "Layer by layer, times the fair share");
@@ -143,6 +144,7 @@ function renderRun(part, step) {
     `${short(load.tokens)} tokens since the start; ${part.run.state}`;
   part.room = drawHeat(part.heat, load, shown.mode);
   part.heat.setAttribute("aria-label", `${shown.mode} of each expert of each layer at step ${load.step}`);
+  renderDomains(part, step);
   if (part.ranks) part.rankRoom = drawRanks(part.ranks, part.run.loads, at);
   part.bars.replaceChildren();
   renderBars(part.bars, "Dropped, by rank of the choice", load.choice, (i) => `choice ${i + 1}`);

@@ -1,0 +1,68 @@
+"""Contestants in turn, round by round, so that what else the machine does hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter, process_time
+
+import torch
+
+from moetrain.parallel.collectives import barrier, gather_equal
+from moetrain.parallel.mesh import Mesh
+
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``step`` is what is timed: forward and backward, gradients of the step before dropped outside of it by ``clear``.
+
+    note: what sets it apart, such as tokens that it drops.
+    """
+
+    name: str
+    step: Callable[[], torch.Tensor]
+    clear: Callable[[], None]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one step: wall clock, all ranks together, and CPU, of the rank that used most."""
+
+    wall: float
+    cpu: float
+
+
+def race(contestants: Sequence[Contestant], mesh: Mesh, rounds: int) -> dict[str, list[Sample]]:
+    """``rounds`` samples of each, by name. Collective."""
+    samples: dict[str, list[Sample]] = {one.name: [] for one in contestants}
+    for number in range(WARMUP + rounds):
+        for one in contestants:
+            one.clear()
+            sample = timed(one.step, mesh)
+            if number >= WARMUP:
+                samples[one.name].append(sample)
+    return samples
+
+
+def timed(step: Callable[[], object], mesh: Mesh) -> Sample:
+    """One step between two barriers. Collective."""
+    barrier(mesh.world_group)
+    wall, cpu = perf_counter(), process_time()
+    step()
+    if mesh.device.type != "cpu":
+        torch.accelerator.synchronize()
+    cpu = process_time() - cpu
+    barrier(mesh.world_group)
+    wall = perf_counter() - wall
+    most = gather_equal(torch.tensor([cpu], dtype=torch.float64, device=mesh.device), mesh.world_group).max()
+    return Sample(wall, float(most))
+
+
+def median_and_least(samples: Sequence[Sample], kind: str) -> tuple[float, float]:
+    """Of the samples' ``kind`` (wall or cpu), in seconds."""
+    values = [getattr(sample, kind) for sample in samples]
+    return statistics.median(values), min(values)

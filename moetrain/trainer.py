@@ -16,7 +16,6 @@ from moetrain.data import Corpus, Loader
 from moetrain.engine import make_engine
 from moetrain.health import BadStep, Guard, Leave, Left, Replicas, Rollbacks, Unstable, Watchdog
 from moetrain.models.decoder import Decoder
-from moetrain.models.generate import generate
 from moetrain.monitor.gradient_ratio import gradient_ratios
 from moetrain.monitor.memory import measure_memory
 from moetrain.monitor.recorder import CorpusFacts, Recorder
@@ -28,10 +27,10 @@ from moetrain.optim import lr_at
 from moetrain.parallel.collectives import barrier
 from moetrain.parallel.mesh import Mesh
 from moetrain.resume import AS_SAVED, cannot_resume, choose_gemm, find_source, make_saver, restore_generators
+from moetrain.sample import sample_text
 from moetrain.types import Batch
 
 log = logging.getLogger(__name__)
-SAMPLE_TEMPERATURE = 0.8
 CONTROL, GUARD = "control", "guard"
 
 
@@ -84,37 +83,25 @@ class Trainer:
         """Train from the step that was resumed to the last, then evaluate, save and report; or until a rank is asked to
         leave, then save and report (``left``). Returns whether the last validation loss is finite, on every rank.
         """
-        train = self.config.train
         self.timeline.drain()
         step = self.start
-        while step < train.steps:
+        while step < self.config.train.steps:
             began = perf_counter()
             norm = self._step(step)
             done = step + 1
-            last = done == train.steps
             if self.recorder is not None:
                 self.recorder.tick(done, perf_counter() - began)
-            if last or _due(done, self.config.monitor.log_every):
-                self._steer(done, self._record(done, norm))
-            if (last or _due(done, train.eval_every)) and not self.guard.leaves:
-                self._evaluate(done)
-            self.saver.poll()
-            due = self.guard.saves or _due(done, train.checkpoint_every) or (last and train.checkpoint_every > 0)
-            if report := self.replicas.report(done, saves=due or self._leaves(done)):
-                raise self._unstable(done, report)
-            if due or self._leaves(done):
-                self._save(done)
-            if due:
-                self.guard.hear()
-            if last or self._leaves(done):
-                self.saver.finish()
-            self._tell_failures(done)
+            self._look(done, norm)
+            self._keep(done)
             if self._leaves(done):
                 self._leave(done, norm)
                 break
             step = self._roll_back(done) if self.guard.goes_back else done
         self._close()
         return self.validated is None or math.isfinite(self.validated[1])
+
+    def _is_last(self, done: int) -> bool:
+        return done == self.config.train.steps
 
     def _step(self, step: int) -> float:
         """One optimiser step, or none if it is bad; returns the gradient norm before clipping."""
@@ -147,6 +134,13 @@ class Trainer:
         log.warning(message)
         if self.recorder is not None:
             self.recorder.skipped(bad.step, message)
+
+    def _look(self, done: int, norm: float) -> None:
+        """Log, steer and evaluate, where that is due."""
+        if self._is_last(done) or _due(done, self.config.monitor.log_every):
+            self._steer(done, self._record(done, norm))
+        if (self._is_last(done) or _due(done, self.config.train.eval_every)) and not self.guard.leaves:
+            self._evaluate(done)
 
     def _record(self, done: int, norm: float) -> WindowMeans:
         means = self.window.reduce()
@@ -197,7 +191,7 @@ class Trainer:
 
     def _leaves(self, done: int) -> bool:
         """Whether all ranks leave after step ``done``: the last is left anyway, and what was bad is undone before."""
-        return self.guard.leaves and done < self.config.train.steps and not self.guard.goes_back
+        return self.guard.leaves and not self._is_last(done) and not self.guard.goes_back
 
     def _leave(self, done: int, norm: float) -> None:
         """Step ``done`` is saved, if the disk was willing. A window that is cut short steers nothing."""
@@ -206,6 +200,21 @@ class Trainer:
         self.left = self.guard.left(done)
         if self.recorder is not None:
             self.recorder.event(done, "leave", self.left.reason, {})
+
+    def _keep(self, done: int) -> None:
+        """Save where that is due, what replicas agree on. Raises Unstable if they do not."""
+        every = self.config.train.checkpoint_every
+        self.saver.poll()
+        due = self.guard.saves or _due(done, every) or (self._is_last(done) and every > 0)
+        if report := self.replicas.report(done, saves=due or self._leaves(done)):
+            raise self._unstable(done, report)
+        if due or self._leaves(done):
+            self._save(done)
+        if due:
+            self.guard.hear()
+        if self._is_last(done) or self._leaves(done):
+            self.saver.finish()
+        self._tell_failures(done)
 
     def _save(self, done: int) -> None:
         self.watchdog.beat("save")
@@ -266,7 +275,7 @@ class Trainer:
 
     def _close(self) -> None:
         """Raises OSError if the last checkpoint, which holds what the run was for, could not be written."""
-        sample = self._sample() if self.left is None else None
+        sample = None if self.left is not None else sample_text(self.config, self.engine, self.corpus, self.mesh.device)
         memory = measure_memory(self.engine, self.mesh)
         if self.recorder is not None:
             if self.validated is not None and not math.isfinite(loss := self.validated[1]):
@@ -275,16 +284,6 @@ class Trainer:
         if self.saver.failure:
             what = "run is done" if self.left is None else "run was left"
             raise OSError(f"the {what}, but its last {self.saver.failure}")
-
-    def _sample(self) -> str | None:
-        num_tokens = self.config.train.sample_tokens
-        if num_tokens == 0:
-            return None
-        prompt = torch.tensor([self.corpus.tokenizer.end_of_document], device=self.mesh.device)
-        seed, context = self.config.run.seed, self.config.model.context
-        tokens = generate(self.engine.logits, context, prompt, num_tokens, SAMPLE_TEMPERATURE, seed)[1:].tolist()
-        end = tokens.index(int(prompt)) if int(prompt) in tokens else num_tokens
-        return self.corpus.tokenizer.decode(tokens[:end]).strip()
 
 
 def _due(done: int, every: int) -> bool:

@@ -133,11 +133,13 @@ class Dispatched:
     rows_RD: rows grouped by local expert, in ascending order of expert.
     ends_e: int32, where each expert's rows end (cumulative).
     rows_per_expert: R / e where it is the same for all experts by construction, else None.
+    num_travelled: rows that other ranks have sent for it: none, fewer or more than R; empty slots count.
     """
 
     rows_RD: Tensor
     ends_e: Tensor
     rows_per_expert: int | None
+    num_travelled: int
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ class Gauges:
     """What one layer did on this rank, summed over tokens and micro-batches.
 
     choice_2K, position_2P: int64, assignments before and after dropping by rank of the choice and by part of the
-    sequence. received: int64, rows that came to this rank's experts (empty slots of a padded exchange included).
+    sequence. received: int64, rows of this rank's experts (empty slots of a padded exchange included). travelled:
+    int64, rows that other ranks sent to this one.
     tokens, entropy (nats, of the full distribution), confidence (the largest probability), logit_square (mean over
     experts): fp64 sums. logit_peak: fp64, the largest absolute logit.
     """
@@ -230,6 +233,7 @@ class Gauges:
     choice_2K: Tensor
     position_2P: Tensor
     received: Tensor
+    travelled: Tensor
     tokens: Tensor
     entropy: Tensor
     confidence: Tensor

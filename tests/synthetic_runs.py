@@ -141,6 +141,7 @@ def _vitals(window: LoadWindow) -> dict[str, float]:
         choice_2LK=np.stack([window.choice.assigned_LX, window.choice.kept_LX]),
         position_2LP=np.stack([window.position.assigned_LX, window.position.kept_LX]),
         received_LW=window.received_LW,
+        travelled_LW=window.received_LW // 2,
         entropy_L=0.9 * same_L,
         confidence_L=0.3 * same_L,
         logit_rms_L=same_L,

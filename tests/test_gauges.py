@@ -49,18 +49,23 @@ def test_counts_are_those_of_the_load_and_recompute_counts_once() -> None:
 
 
 def on_ranks(rank: int, world: int) -> list[dict[str, np.ndarray]]:
-    return [vars(means_of(tiny(), mesh_of_world(ep, CPU))) for ep in (1, 2)]
+    layouts = ((1, "alltoall"), (2, "alltoall"), (2, "dedup"))
+    return [vars(means_of(tiny(dispatch=name), mesh_of_world(ep, CPU))) for ep, name in layouts]
 
 
 def test_ranks_give_what_one_process_gives() -> None:
     """Dropless: the same tokens over two ranks, experts whole or shared out."""
     alone_means = vars(means_of(tiny(), alone()))
     for rank_means in run_ranks(2, on_ranks):
-        for ep, found in zip((1, 2), rank_means, strict=True):
-            for name in alone_means.keys() - {"received_LW"}:
+        for ep, found in zip((1, 2, 2), rank_means, strict=True):
+            for name in alone_means.keys() - {"received_LW", "travelled_LW"}:
                 np.testing.assert_allclose(found[name], alone_means[name], rtol=1e-5, err_msg=f"ep {ep} {name}")
             assert found["received_LW"].shape == (2, 2)
             assert (found["received_LW"].sum(1) == alone_means["received_LW"][:, 0]).all()
+        stayed, each_copy, once_a_rank = (found["travelled_LW"] for found in rank_means)
+        assert (stayed == 0).all()
+        assert (once_a_rank <= each_copy).all()
+        assert 0 < once_a_rank.sum() < each_copy.sum() < alone_means["received_LW"].sum()
 
 
 def test_an_undecided_router_has_full_entropy_and_a_decided_one_none() -> None:
@@ -82,6 +87,7 @@ def gauges_with(**changes: np.ndarray) -> GaugeMeans:
         "choice_2LK": np.full((2, 1, 2), 40),
         "position_2LP": np.full((2, 1, 8), 10),
         "received_LW": np.full((1, 4), 20),
+        "travelled_LW": np.full((1, 4), 15),
         "entropy_L": np.array([0.5]),
         "confidence_L": np.array([0.4]),
         "logit_rms_L": np.array([1.0]),
@@ -94,7 +100,7 @@ def gauges_with(**changes: np.ndarray) -> GaugeMeans:
 def test_numbers_of_an_even_window() -> None:
     numbers = vitals(gauges_with(), [3], row_bytes=2**20)
     assert numbers["balance/received_max"] == numbers["moe/layer_03/received_max"] == 1.0
-    assert numbers["balance/exchange_mib_max"] == 20.0
+    assert numbers["balance/exchange_mib_max"] == 15.0
     assert {numbers[f"balance/drop_position_{i}"] for i in range(8)} == {0.0}
     assert numbers["balance/late_drop"] == 0.0
 

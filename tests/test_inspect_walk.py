@@ -138,7 +138,8 @@ def test_a_tally_counts_what_a_loop_counts() -> None:
     generator = torch.Generator().manual_seed(0)
     tally, ids = Tally(4, torch.tensor([2, 5, 9]), 8, 3), [2, 5, 9]
     expected: dict[str, Tensor] = {name: torch.zeros(*shape, dtype=torch.int64) for name, shape in {
-        "token_UE": (3, 4), "domain_DE": (3, 4), "position_PE": (8, 4), "together_EE": (4, 4), "assigned_E": (4,), "kept_E": (4,),
+        "token_UE": (3, 4), "domain_DE": (3, 4), "position_PE": (8, 4), "together_EE": (4, 4),
+        "assigned_E": (4,), "kept_E": (4,),
         "occurred_U": (3,)}.items()}  # fmt: skip
     for _ in range(2):
         expert_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(16)])

@@ -25,7 +25,14 @@ TINY = (
     "monitor=wandb_offline monitor.log_every=1 monitor.progress=false machine.device=cpu"
 )
 # Of runs with more than one rank, and of routers with a loss of their own.
-ELSEWHERE = {"time/exchange_seconds", "train/own_loss"}
+ELSEWHERE = {
+    "control/balance_coef",
+    "control/capacity_factor",
+    "control/restarts",
+    "balance/domain_divergence_mean",
+    "time/exchange_seconds",
+    "train/own_loss",
+}
 
 
 def moetrain(folder: Path, *words: str) -> None:

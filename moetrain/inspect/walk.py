@@ -144,5 +144,5 @@ def _there_and_back(
     sent_ECD = torch.einsum("tec,td->ecd", there_TEC, x_TD)
     num_experts, slots, _ = sent_ECD.shape
     ends_e = torch.arange(1, num_experts + 1, dtype=torch.int32, device=x_TD.device) * slots
-    back_ECD = experts(Dispatched(sent_ECD.flatten(0, 1), ends_e, slots)).view_as(sent_ECD)
+    back_ECD = experts(Dispatched(sent_ECD.flatten(0, 1), ends_e, slots, 0)).view_as(sent_ECD)
     return back_ECD, torch.einsum("tec,ecd->td", back_TEC, back_ECD)

@@ -33,6 +33,7 @@ class LayerGauges:
             choice_2K=both_2TK.sum(1),
             position_2P=_by_position(both_2TK.sum(2), num_sequences),
             received=sent.ends_e[-1].to(torch.int64),
+            travelled=torch.full_like(sent.ends_e[-1], sent.num_travelled, dtype=torch.int64),
             tokens=probs_TE.new_full((), probs_TE.shape[0], dtype=torch.float64),
             entropy=torch.special.entr(probs_TE).sum(dtype=torch.float64),
             confidence=probs_TE.amax(-1).sum(dtype=torch.float64),

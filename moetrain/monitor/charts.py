@@ -58,13 +58,10 @@ CHARTS = (
     Chart("Dropped, %", (Curve("balance/drop_fraction", "dropped"),), floor=0.0, factor=100.0),
     Chart("Dead experts, over all layers", (Curve("balance/dead_experts", "dead"),), floor=0.0),
     Chart(
-        "Router losses",
-        (
-            Curve("train/balance_loss", "balance (1 is even)"),
-            Curve("train/z_loss", "z"),
-            Curve("train/own_loss", "the router's own"),
-        ),
+        "Balance loss (1 is even), and the router's own",
+        (Curve("train/balance_loss", "balance"), Curve("train/own_loss", "the router's own")),
     ),
+    Chart("z-loss", (Curve("train/z_loss", "mean over layers"),), floor=0.0),
     Chart(
         "Router entropy (1 is uniform) and confidence",
         (
@@ -78,6 +75,14 @@ CHARTS = (
         (Curve("balance/domain_divergence_mean", "mean over layers"),),
         floor=0.0,
     ),
+    Chart(
+        "Swing of the load from step to step, fair shares",
+        (Curve("balance/swing", "worst layer"),),
+        floor=0.0,
+    ),
+    Chart("Coefficient of the balance loss, as steered", (Curve("control/balance_coef", "in force"),), floor=0.0),
+    Chart("Capacity factor, as steered", (Curve("control/capacity_factor", "in force"),), floor=0.0),
+    Chart("Experts restarted so far", (Curve("control/restarts", "all layers"),), floor=0.0),
     Chart("Largest router logit, worst layer", (Curve("balance/logit_max", "logit"),)),
     Chart("Gradient norm", (Curve("train/grad_norm", "before clipping"),), floor=0.0),
     Chart("Throughput, tokens/s", (Curve("perf/tokens_per_second", "all ranks"),), floor=0.0),

@@ -23,9 +23,8 @@ def vitals(gauges: GaugeMeans, layers: Sequence[int], row_bytes: int) -> dict[st
     balance/drop_choice_<i>, balance/drop_position_<i>: dropped share of the i-th choice (the first eight) and of the
     i-th eighth of the sequence, over all layers. balance/late_drop: of the last eighth minus that of the first.
     balance/received_max: rows of the busiest rank over the mean of the ranks, in the worst layer; 1 is fair.
-    balance/exchange_mib_max: MiB of rows which the experts of one rank, the busiest, were given in the window, all
-    layers, one way. Under padded dispatch a row is a slot, filled or empty, and all ranks get as many; under dedup a
-    token counts once an expert, though it travels once a rank. What a rank gives itself is counted.
+    balance/exchange_mib_max: MiB of rows that one rank, the busiest, got from others in the window, all layers, one
+    way of the two. Under padded dispatch a row is a slot, filled or empty, and all ranks get as many.
     balance/router_entropy, router_confidence: means over layers; logit_max, swing: of the worst layer.
     """
     choice_K, position_P = (dropped(counts.sum(axis=1)) for counts in (gauges.choice_2LK, gauges.position_2LP))
@@ -35,7 +34,7 @@ def vitals(gauges: GaugeMeans, layers: Sequence[int], row_bytes: int) -> dict[st
     numbers |= {
         "balance/late_drop": position_P[-1] - position_P[0],
         "balance/received_max": float(np.max(_relative(received_LW))),
-        "balance/exchange_mib_max": float(received_LW.sum(axis=0).max()) * row_bytes / 2**20,
+        "balance/exchange_mib_max": float(gauges.travelled_LW.sum(axis=0).max()) * row_bytes / 2**20,
         "balance/router_entropy": float(gauges.entropy_L.mean()),
         "balance/router_confidence": float(gauges.confidence_L.mean()),
         "balance/logit_max": float(gauges.logit_max_L.max()),

@@ -74,7 +74,7 @@ SECTIONS: Mapping[str, tuple[Lines | Pictures, ...]] = {
     "Speed": (
         Lines("Tokens/s", ("perf/tokens_per_second",)),
         Lines("Seconds of a step, by phase", ("perf/step_seconds",), regex="^time/.+_seconds$"),
-        Lines("MiB of rows for the experts of the busiest rank", ("balance/exchange_mib_max",)),
+        Lines("MiB of rows from other ranks, busiest rank, one way", ("balance/exchange_mib_max",)),
     ),
 }
 

@@ -26,14 +26,16 @@ class GaugeMeans:
     """Gauges of all MoE layers over all ranks; a row a layer.
 
     choice_2LK, position_2LP: assignments before and after dropping, by rank of the choice and by eighth of the
-    sequence. received_LW: rows that each rank's experts were given. entropy_L: of the full distribution, 1 is uniform.
-    confidence_L: mean of the largest probability. logit_rms_L, logit_max_L: of the router's logits.
-    swing_L: how far an expert's load strays from its mean from step to step, in fair shares; see monitor/swing.py.
+    sequence. received_LW: rows that each rank's experts were given; travelled_LW: those that other ranks sent to it.
+    entropy_L: of the full distribution, 1 is uniform. confidence_L: mean of the largest probability. logit_rms_L,
+    logit_max_L: of the router's logits. swing_L: how far an expert's load strays from its mean from step to step, in
+    fair shares; see monitor/swing.py.
     """
 
     choice_2LK: Counts
     position_2LP: Counts
     received_LW: Counts
+    travelled_LW: Counts
     entropy_L: Array
     confidence_L: Array
     logit_rms_L: Array
@@ -114,21 +116,22 @@ def _parts(gauges: list[Gauges], swing_L: Tensor, mesh: Mesh) -> list[Tensor]:
     choice_2LK = torch.stack([g.choice_2K for g in gauges], dim=1)
     position_2LP = torch.stack([g.position_2P for g in gauges], dim=1)
     means = [torch.stack([g.tokens, g.entropy, g.confidence, g.logit_square]) for g in gauges]
-    received_LW = torch.zeros(len(gauges), mesh.world_size, dtype=torch.float64, device=mesh.device)
-    peak_LW = received_LW.clone()
-    received_LW[:, mesh.rank] = torch.stack([g.received for g in gauges]).double()
-    peak_LW[:, mesh.rank] = torch.stack([g.logit_peak for g in gauges])
-    return [choice_2LK, position_2LP, torch.stack(means), received_LW, peak_LW, swing_L]
+    own_3LW = torch.zeros(3, len(gauges), mesh.world_size, dtype=torch.float64, device=mesh.device)
+    for own_LW, name in zip(own_3LW, ("received", "travelled", "logit_peak"), strict=True):
+        own_LW[:, mesh.rank] = torch.stack([getattr(gauge, name) for gauge in gauges]).double()
+    return [choice_2LK, position_2LP, torch.stack(means), own_3LW, swing_L]
 
 
 def _means(sums: list[Tensor], num_experts: int, world_size: int) -> GaugeMeans:
-    choice_2LK, position_2LP, sums_L4, received_LW, peak_LW, swing_L = (tensor.numpy() for tensor in sums)
+    choice_2LK, position_2LP, sums_L4, own_3LW, swing_L = (tensor.numpy() for tensor in sums)
+    received_LW, travelled_LW, peak_LW = own_3LW
     tokens_L, entropy_L, confidence_L, square_L = sums_L4.T
     tokens_L = np.where(tokens_L == 0, np.nan, tokens_L)
     return GaugeMeans(
         choice_2LK=choice_2LK.astype(np.int64),
         position_2LP=position_2LP.astype(np.int64),
         received_LW=received_LW.astype(np.int64),
+        travelled_LW=travelled_LW.astype(np.int64),
         entropy_L=entropy_L / tokens_L / max(math.log(num_experts), 1e-12),
         confidence_L=confidence_L / tokens_L,
         logit_rms_L=np.sqrt(square_L / tokens_L),

@@ -55,9 +55,8 @@ class AllToAllDispatcher(Dispatcher):
         arrival_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
         by_expert_RD = reorder(arrived_RD, order_R, arrival_R)
         ends_e = from_Ge.sum(0).cumsum(0).to(torch.int32)
-        return AllToAllDispatched(
-            by_expert_RD, ends_e, None, output_weights(placement.routing), rows, send, receive, arrival_R
-        )
+        weights_TK, from_others = output_weights(placement.routing), sum(receive) - receive[self.mesh.ep_rank]
+        return AllToAllDispatched(by_expert_RD, ends_e, None, from_others, weights_TK, rows, send, receive, arrival_R)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, AllToAllDispatched)

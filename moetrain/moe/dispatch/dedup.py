@@ -55,7 +55,8 @@ class DedupDispatcher(Dispatcher):
         arrived = replace(routing, expert_TK=expert_CK, weight_TK=weight_CK)
         rows_RD = with_input_weights(x_CD, arrived, rows)
         ends_e = from_Ge.sum(0).cumsum(0).to(torch.int32)
-        return DedupDispatched(rows_RD, ends_e, None, output_weights(arrived), rows, copies, send, receive)
+        weights_CK, from_others = output_weights(arrived), sum(receive) - receive[self.mesh.ep_rank]
+        return DedupDispatched(rows_RD, ends_e, None, from_others, weights_CK, rows, copies, send, receive)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, DedupDispatched)

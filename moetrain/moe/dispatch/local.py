@@ -38,7 +38,7 @@ class LocalDispatcher(Dispatcher):
         rows = rows_by_expert(placement.routing.expert_TK, placement.kept_TK, self.num_experts, int(counts_E.sum()))
         ends_e = counts_E.cumsum(0).to(torch.int32)
         return LocalDispatched(
-            with_input_weights(x_TD, placement.routing, rows), ends_e, None, output_weights(placement.routing), rows
+            with_input_weights(x_TD, placement.routing, rows), ends_e, None, 0, output_weights(placement.routing), rows
         )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:

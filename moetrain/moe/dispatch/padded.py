@@ -32,7 +32,8 @@ class PaddedDispatcher(Dispatcher):
         by_expert_RD = self._swap(arrived_RD, self.mesh.ep_size, self.num_local, capacity)
         per_expert = self.mesh.ep_size * capacity
         ends_e = torch.arange(1, self.num_local + 1, dtype=torch.int32, device=x_TD.device) * per_expert
-        return PaddedDispatched(by_expert_RD, ends_e, per_expert, output_weights(placement.routing), rows, capacity)
+        weights_TK, from_others = output_weights(placement.routing), (self.mesh.ep_size - 1) * self.num_local * capacity
+        return PaddedDispatched(by_expert_RD, ends_e, per_expert, from_others, weights_TK, rows, capacity)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         assert isinstance(sent, PaddedDispatched)

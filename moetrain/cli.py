@@ -29,7 +29,7 @@ usage: moetrain COMMAND [key=value | group=option ...] [--config-dir DIR]
   preflight      everything about a world that can be found wrong before its first step; start it with torchrun
   plan           sizes, memory and traffic of a configuration, and a dry run of its world in one process
   data prepare   tokenise the corpus of a configuration into flat bins
-  bench step     time a training step against Hugging Face's Mixtral; start it with torchrun
+  bench ACTION   time layer, ep, dispatch, step against other libraries; metrics: what counting costs
   bench metrics  what counting and logging cost, as a share of a step; start it with torchrun
   recipes        the recipes that can be chosen with recipe=NAME
   routers        the routers that can be chosen with router=NAME: paper, traits, what each was measured against

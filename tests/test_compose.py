@@ -213,7 +213,8 @@ def test_resolved_yaml_composes_to_itself(tmp_path: Path) -> None:
 def test_mistakes_are_told_once_by_rank_0(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     for rank in ("0", "1", None):
-        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False) if rank is None else monkeypatch.setenv(name, rank)
         assert cli.main(["check", "router.topk=3", "--world", "2"]) == 2
         told.append(capsys.readouterr())
     assert [text.out for text in told] == ["", "", ""]

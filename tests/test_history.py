@@ -231,12 +231,14 @@ def test_the_recorder_writes_counts_skips_and_resumes(tmp_path):
     assigned_LE = torch.arange(16).reshape(2, 8)
     means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(assigned_LE, assigned_LE // 2))
     folder = RunFolder(tmp_path)
-    for start, skipped in ((0, 1.0), (2, 0.0)):
+    for start in (0, 2):
         recorder = Recorder(config, alone(), CorpusFacts(64, 4.0, 3.0, 4.0), folder, start)
         for done in range(start + 1, start + 5):
             recorder.tick(done, 0.1)
+            if done == 1:
+                recorder.skipped(done, "step 1 was skipped")
             if done % 2 == 0:
-                recorder.window(done, means, {"train/skipped_steps": skipped}, [{}] * 2, {})
+                recorder.window(done, means, {}, [{}] * 2, {})
         recorder.close(None, (), None)
     read = windows(folder.expert_load)
     assert [(one.step, one.num_steps, one.layers, one.ep_size) for one in read] == [
@@ -245,4 +247,4 @@ def test_the_recorder_writes_counts_skips_and_resumes(tmp_path):
     assert read[0].tokens == 2 * config.train.global_batch * config.model.context
     assert read[0].assigned_LE.tolist() == assigned_LE.tolist()
     assert read[0].kept_LE.tolist() == (assigned_LE // 2).tolist()
-    assert [(one.step, one.kind) for one in read_events(folder.events)] == [(2, "skipped"), (2, "resume")]
+    assert [(one.step, one.kind) for one in read_events(folder.events)] == [(1, "skipped"), (2, "resume")]

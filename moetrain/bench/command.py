@@ -18,8 +18,10 @@ from moetrain.parallel.mesh import close_mesh, init_mesh
 from moetrain.types import ConfigError, Problem
 
 ABOUT = {
-    "layer": "Time one MoE layer, forward and backward, against other libraries'; under torchrun with experts sharded."
-    " Commas list shapes: experts=e16,e64 router.top_k=2,8.",
+    "layer": "Time one MoE layer, forward and backward, against other libraries' on one process. Commas list shapes:"
+    " experts=e16,e64 router.top_k=2,8.",
+    "ep": "The same with experts sharded over ranks, and the bytes sent. Start it with torchrun.",
+    "dispatch": "Time our dispatchers by themselves, with experts that compute nothing. Start it with torchrun.",
     "step": "Time a training step against Hugging Face's Mixtral, interleaved. Start it with torchrun.",
     "metrics": "CPU time of all that counts, sums up and writes, as a share of a step. Start it with torchrun.",
 }
@@ -63,8 +65,8 @@ def bench(arguments: list[str]) -> int:
     if action not in ABOUT:
         reason, fix = "moetrain bench has no such benchmark", f"choose of {', '.join(ABOUT)}"
         raise ConfigError([Problem("command", f"bench {action}", reason, fix)])
-    if action == "layer":
-        return _layer(rest)
+    if action in ("layer", "ep", "dispatch"):
+        return _layer(action, rest)
     parsed = Parser(f"bench {action}", ABOUT[action]).parse_intermixed_args(rest)
     config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
     text = step_bench(config) if action == "step" else metrics_bench(config)
@@ -73,17 +75,20 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
-def _layer(arguments: list[str]) -> int:
-    parser = Parser("bench layer", ABOUT["layer"])
+def _layer(action: str, arguments: list[str]) -> int:
+    parser = Parser(f"bench {action}", ABOUT[action])
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
     parser.add_argument("--routing", nargs="*", choices=ROUTINGS, default=list(ROUTINGS), help="default: all of them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each contestant and routing")
     parsed = parser.parse_intermixed_args(arguments)
     world_size = environment_world() or 1
+    if (world_size == 1) != (action == "layer"):
+        fix = "torchrun --nproc-per-node 2 -m moetrain bench ep" if world_size == 1 else "moetrain bench layer"
+        raise ConfigError([Problem("command", f"bench {action}", f"does not run on {world_size} ranks", fix)])
     configs = layer_configs(parsed.overrides, world_size, parsed.config_dir)
     mesh = init_mesh(ep_size_of(configs[0], world_size), configs[0].machine)
     try:
-        results = bench_layer(configs, mesh, parsed.rounds, parsed.routing)
+        results = bench_layer(configs, mesh, parsed.rounds, parsed.routing, exchange_only=action == "dispatch")
         if parsed.out is not None and mesh.is_main:
             write_results(results, parsed.out)
     finally:

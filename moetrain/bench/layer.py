@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moetrain.bench.peers import LayerCase, peers
-from moetrain.bench.race import Contestant, Sample, median_and_least, race
+from moetrain.bench.race import Contestant, Sample, bytes_sent, median_and_least, race
 from moetrain.bench.routing import Routing, gate_of, tokens_of
 from moetrain.checks import traits_of
 from moetrain.config import Config
@@ -29,34 +29,49 @@ from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh, weight_dtype
+from moetrain.rules.layout import PADDED
+from moetrain.types import Dispatched
 
 SPREAD = 0.02
+ALLTOALL = "moetrain.moe.dispatch.alltoall.AllToAllDispatcher"
+DEDUP = "moetrain.moe.dispatch.dedup.DedupDispatcher"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Of the largest entry of the output."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one contestant took under one routing. case: what was timed, on what machine."""
+    """What one contestant took under one routing. case: what was timed, on what machine. sent: bytes of a step to other
+    ranks, by the rank that sends most.
+    """
 
     case: dict[str, Any]
     routing: Routing
     name: str
     note: str
     samples: list[Sample]
+    sent: int
 
 
-def bench_layer(configs: Sequence[Config], mesh: Mesh, rounds: int, routings: Sequence[Routing]) -> list[Result]:
-    """Every config under every routing. Raises AssertionError if two contestants that drop nothing differ."""
+def bench_layer(
+    configs: Sequence[Config], mesh: Mesh, rounds: int, routings: Sequence[Routing], *, exchange_only: bool = False
+) -> list[Result]:
+    """Every config under every routing. exchange_only: our dispatchers, with experts that give back what they get.
+
+    Raises AssertionError if two contestants that drop nothing differ.
+    """
+    field = _dispatchers if exchange_only else _field
     gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
     results: list[Result] = []
     for config in configs:
         facts = _facts(config, mesh, gemm)
         for routing in routings:
-            case, contestants, missing = _field(config, mesh, routing, gemm)
+            case = _case(config, mesh, routing)
+            contestants, missing = field(case, config, gemm)
             _check(contestants, case)
+            sent = {one.name: bytes_sent(one.step, mesh) if mesh.world_size > 1 else 0 for one in contestants}
             samples = race(contestants, mesh, rounds)
-            found = [Result(facts, routing, one.name, one.note, samples[one.name]) for one in contestants]
+            found = [Result(facts, routing, n.name, n.note, samples[n.name], sent[n.name]) for n in contestants]
             results += found
             if mesh.is_main:
                 print(_text(found, missing if routing == routings[0] else []), flush=True)
@@ -69,21 +84,46 @@ def write_results(results: Sequence[Result], path: Path) -> None:
     with path.open("a", encoding="utf-8") as file:
         for one in results:
             seconds = {kind: [getattr(sample, kind) for sample in one.samples] for kind in ("wall", "cpu")}
-            row = {**one.case, "routing": one.routing, "contestant": one.name, "note": one.note, **seconds}
+            row = {
+                **one.case,
+                "routing": one.routing,
+                "contestant": one.name,
+                "note": one.note,
+                "sent": one.sent,
+                **seconds,
+            }
             file.write(json.dumps(row) + "\n")
 
 
-def _field(config: Config, mesh: Mesh, routing: Routing, gemm: str) -> tuple[LayerCase, list[Contestant], list[str]]:
-    case = _case(config, mesh, routing)
+def _field(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
     theirs, missing = peers(case)
-    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
+    kernels = make_kernels(case.mesh.device, "onednn" if gemm == "onednn" else "torch")
     plain = Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
     ours = [_ours(case, config, kernels, "moetrain")]
-    if mesh.world_size > 1:
-        per_copy = {"_target_": "moetrain.moe.dispatch.alltoall.AllToAllDispatcher"}
-        ours.append(_ours(case, replace(config, dispatch=per_copy), kernels, "moetrain, a copy for each expert"))
-        ours.append(_ours(case, replace(config, dispatch=per_copy), plain, "a copy for each expert, torch grouped_mm"))
-    return case, ours + theirs, missing
+    if case.mesh.world_size > 1:
+        per_copy = replace(config, dispatch={"_target_": ALLTOALL})
+        ours.append(_ours(case, per_copy, kernels, "moetrain, a copy for each expert"))
+        ours.append(_ours(case, per_copy, plain, "a copy for each expert, torch grouped_mm"))
+    return ours + theirs, missing
+
+
+def _dispatchers(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
+    kernels = make_kernels(case.mesh.device, "onednn" if gemm == "onednn" else "torch")
+    limited = replace(config, capacity=replace(config.capacity, factor_train=1.25, factor_eval=1.25))
+    field = []
+    for name, target, given, note in (
+        ("dedup", DEDUP, config, ""),
+        ("alltoall", ALLTOALL, config, ""),
+        ("padded, capacity 1.25", PADDED, limited, "drops tokens"),
+    ):
+        one = _ours(case, replace(given, dispatch={"_target_": target}), kernels, name, note, echo=True)
+        field.append(one)
+    return field, []
+
+
+class _Echo(nn.Module):
+    def forward(self, sent: Dispatched) -> Tensor:
+        return sent.rows_RD * 1.0
 
 
 def _case(config: Config, mesh: Mesh, routing: Routing) -> LayerCase:
@@ -106,20 +146,24 @@ def _drawn(experts: range, shape: tuple[int, int], seed: int) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=generator) * SPREAD for generator in draw])
 
 
-def _ours(case: LayerCase, config: Config, kernels: Kernels, name: str) -> Contestant:
+def _ours(
+    case: LayerCase, config: Config, kernels: Kernels, name: str, note: str = "", *, echo: bool = False
+) -> Contestant:
     layer = MoELayer(config, case.mesh, Timeline(case.mesh.device, enabled=False), kernels, 2, 0)
     layer = layer.to(case.x_TD.dtype)
     with torch.no_grad():
         layer.router.get_parameter("gate").copy_(case.gate_ED)
         layer.experts.get_parameter("gate_up").copy_(case.gate_up_eFD)
         layer.experts.get_parameter("down").copy_(case.down_eDF)
+    if echo:
+        layer.experts = _Echo()
     tokens_BS = torch.zeros(1, case.x_TD.shape[0], dtype=torch.int64, device=case.x_TD.device)
 
     def run(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         out = layer(x_TD, tokens_BS, Replay())
         return out.hidden_TD, out.losses.balance
 
-    return case.contestant(name, layer, run)
+    return case.contestant(name, layer, run, note)
 
 
 def _check(contestants: Sequence[Contestant], case: LayerCase) -> None:
@@ -165,5 +209,6 @@ def _text(results: Sequence[Result], missing: Sequence[str]) -> str:
         ours, own = ({kind: median_and_least(r.samples, kind) for kind in ("cpu", "wall")} for r in (first, one))
         ratios = " ".join(f"{own[kind][0] / ours[kind][0]:6.2f}x" for kind in ("cpu", "wall"))
         times = "".join(f"{1e3 * own[kind][0]:14.1f} {1e3 * own[kind][1]:7.1f}  " for kind in ("cpu", "wall"))
-        lines.append(f"{one.name:40} {ratios} {times} {one.note}")
+        sent = f"{one.sent / 2**20:8.1f} MiB sent" if one.sent else ""
+        lines.append(f"{one.name:40} {ratios} {times} {sent} {one.note}")
     return "\n".join([*lines, *(f"not here: {reason}" for reason in missing)]) + "\n"

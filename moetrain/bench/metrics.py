@@ -116,6 +116,8 @@ def _measure(
             recorder.tick(number + 1, perf_counter() - began)
         if number >= WARMUP + STEPS - LINES:
             lines.append(meter.of(lambda: line(number + 1)))  # noqa: B023
+    if recorder is not None:
+        recorder.end()
     return steps[WARMUP:], lines
 
 

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter, process_time
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moetrain.parallel.collectives import barrier, gather_equal
 from moetrain.parallel.mesh import Mesh
@@ -60,6 +62,25 @@ def timed(step: Callable[[], object], mesh: Mesh) -> Sample:
     wall = perf_counter() - wall
     most = gather_equal(torch.tensor([cpu], dtype=torch.float64, device=mesh.device), mesh.world_group).max()
     return Sample(wall, float(most))
+
+
+def bytes_sent(step: Callable[[], object], mesh: Mesh) -> int:
+    """By one step's exchanges to other ranks, of the rank that sends most. Collective."""
+    total, exchange = [0], dist.all_to_all_single
+
+    def counted(output: torch.Tensor, input: torch.Tensor, *args: Any, **keys: Any) -> Any:
+        sends = keys.get("input_split_sizes", args[1] if len(args) > 1 else None)
+        group = keys.get("group", args[2] if len(args) > 2 else None)
+        blocks = input.split(sends) if sends else input.chunk(dist.get_world_size(group))
+        total[0] += sum(block.nbytes for rank, block in enumerate(blocks) if rank != dist.get_rank(group))
+        return exchange(output, input, *args, **keys)
+
+    dist.all_to_all_single = counted
+    try:
+        step()
+    finally:
+        dist.all_to_all_single = exchange
+    return int(gather_equal(torch.tensor(total, device=mesh.device), mesh.world_group).max())
 
 
 def median_and_least(samples: Sequence[Sample], kind: str) -> tuple[float, float]:

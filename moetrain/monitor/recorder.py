@@ -145,11 +145,11 @@ class Recorder:
         """The run ends before its time: why, as an alarm and in report.txt."""
         self.alarm(done, report)
         self._folder.report.write_text(report + "\n", encoding="utf-8")
-        self._end()
+        self.end()
 
     def close(self, sample: str | None, memory: tuple[RankMemory, ...], saved: Path | None) -> None:
         """The closing report, to the terminal and to report.txt."""
-        notes = self._end()
+        notes = self.end()
         if (lost := self._files.note()) is not None:
             notes.append(lost)
         if self._skipped:
@@ -268,7 +268,7 @@ class Recorder:
             )
         )
 
-    def _end(self) -> list[str]:
+    def end(self) -> list[str]:
         """Close everything. Returns what wandb did."""
         if self._progress is not None:
             self._progress.close()

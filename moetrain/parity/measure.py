@@ -91,6 +91,7 @@ def config_of(case: Case, router: Part) -> Config:
         "data": {},
         "train": {"steps": 1, "global_batch": NUM_SEQUENCES, "micro_batch": NUM_SEQUENCES},
         "monitor": {},
+        "health": {},
         "machine": {"device": "cpu"},
         "debug": {},
         "control": {},

@@ -1,0 +1,75 @@
+"""The benchmark of a layer: everybody gets the same work, and says so, before anything is timed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.bench import layer as bench
+from moetrain.bench.command import layer_configs
+from moetrain.bench.layer import bench_layer, write_results
+from moetrain.bench.routing import ROUTINGS, gate_of, tokens_of
+from moetrain.cli import main
+from tests.tiny import alone
+
+SMALL = ["model.dim=32", "model.expert_dim=16", "model.context=64", "machine.device=cpu"]
+
+
+def test_everybody_is_there_with_the_same_output_under_every_routing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config,) = layer_configs([*SMALL, "experts=e8", "router.top_k=3"], 1, None)
+    results = bench_layer([config], alone(), 2, ROUTINGS)
+    names = [one.name for one in results if one.routing == "zipf"]
+    hugging_face = ["transformers grouped_mm", "transformers eager"]
+    assert names == ["moetrain", *hugging_face, "DeepSpeed, capacity 1.25", "DeepSpeed, dropless"]
+    assert [one.note for one in results if one.note] == ["drops tokens"] * 3
+    assert all(len(one.samples) == 2 and min(one.samples[0].wall, one.samples[0].cpu) > 0 for one in results)
+    text = capsys.readouterr().out
+    assert "8 experts, k = 3, D = 32, F = 16, 128 tokens a rank" in text
+    write_results(results, tmp_path / "deep" / "times.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "deep" / "times.jsonl").read_text().splitlines()]
+    assert len(rows) == 15
+    assert rows[0]["contestant"] == "moetrain"
+    assert rows[0]["routing"] == "balanced"
+    assert len(rows[0]["cpu"]) == 2
+
+
+def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = layer_configs([*SMALL, "experts=e4"], 1, None)
+    drawn = bench.peers
+
+    def twisted(case: bench.LayerCase) -> object:
+        return drawn(replace(case, down_eDF=case.down_eDF * 1.01))
+
+    monkeypatch.setattr(bench, "peers", twisted)
+    with pytest.raises(AssertionError, match="transformers grouped_mm differs from ours"):
+        bench_layer([config], alone(), 1, ["natural"])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_tokens_choose_what_the_benchmark_wants(top_k: int) -> None:
+    gate_ED = gate_of(16, 64, seed=3)
+    for routing, least, most in (("balanced", 1.0, 1.0), ("zipf", 2.0, 8.0)):
+        x_TD = tokens_of(routing, gate_ED, 512, top_k, seed=5)  # type: ignore[arg-type]
+        counts_E = torch.zeros(16).scatter_add_(
+            0, (x_TD @ gate_ED.t()).topk(top_k).indices.flatten(), torch.ones(512 * top_k)
+        )
+        assert least <= counts_E.max() / counts_E.mean() <= most, routing
+        assert counts_E.argmax() == 0 or routing == "balanced"
+
+
+def test_commas_list_shapes_and_what_is_typed_goes_first() -> None:
+    configs = layer_configs(["experts=e4,e16", "router.top_k=2,3", "engine.dtype=bf16"], 2, None)
+    assert [(c.experts.num_experts, c.router["top_k"]) for c in configs] == [(4, 2), (4, 3), (16, 2), (16, 3)]
+    assert {c.engine.dtype for c in configs} == {"bf16"}
+    assert configs[0].dispatch["_target_"].endswith("DedupDispatcher")
+
+
+def test_a_benchmark_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "speed"]) == 2
+    assert "choose of layer" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import logging
 from moetrain import checkpoint
 from moetrain.checkpoint import Keep, NoneWhole, SavedBy, Saver, Source
 from moetrain.config import Config
+from moetrain.engine import Engine
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.ops.kernels import GemmName, fastest_gemm
 from moetrain.parallel.collectives import broadcast_text
@@ -40,12 +41,14 @@ def find_source(config: Config, folder: RunFolder, mesh: Mesh, corpus: str) -> S
     return found
 
 
-def make_saver(config: Config, mesh: Mesh, folder: RunFolder) -> Saver:
-    """Of the checkpoints to come."""
-    train, engine = config.train, config.engine
-    saved_by = SavedBy(mesh.world_size, mesh.ep_size, engine.name, engine.zero_stage, mesh.device.type)
+def make_saver(config: Config, mesh: Mesh, folder: RunFolder, engine: Engine) -> Saver:
+    """Of the checkpoints to come of what ``engine`` trains."""
+    train, layout = config.train, config.engine
+    saved_by = SavedBy(mesh.world_size, mesh.ep_size, layout.name, layout.zero_stage, mesh.device.type)
     keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
-    return Saver(folder.checkpoints, mesh, saved_by, keep, background=train.async_checkpoint)
+    saver = Saver(folder.checkpoints, mesh, saved_by, keep, background=train.async_checkpoint)
+    saver.reserve(engine.state(), checkpoint.generators(mesh.rank, mesh.device))
+    return saver
 
 
 def restore_generators(found: Source, mesh: Mesh, seed: int) -> str:

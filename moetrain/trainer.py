@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from time import perf_counter
 
 import torch
@@ -66,7 +67,7 @@ class Trainer:
         self.window = Window(mesh)
         self.guard = Guard(config.health, mesh, leave)
         self.rollbacks = Rollbacks(folder, mesh, config.health.max_rollbacks)
-        self.saver = make_saver(config, mesh, folder)
+        self.saver = make_saver(config, mesh, folder, self.engine)
         self.skipped = self.told = 0
         self.left: Left | None = None
         self.validated: tuple[int, float] | None = None
@@ -238,7 +239,7 @@ class Trainer:
             self.engine.load_state(found.fill)
         except ValueError as error:
             raise cannot_resume(self.config, str(error), AS_SAVED) from error
-        self.control.load(found.step, found.extra.get(CONTROL, {}))
+        self.control.load(found.extra.get(CONTROL, {}))
         self.guard.load(found.extra.get(GUARD, {}))
         said = restore_generators(found, self.mesh, self.config.run.seed)
         log.info("resumed after step %d; %s", found.step, said)
@@ -274,7 +275,7 @@ class Trainer:
         return f"samples {first} to {first + size - 1}"
 
     def _close(self) -> None:
-        """Raises OSError if the last checkpoint, which holds what the run was for, could not be written."""
+        """Raises Unstable if the last checkpoint, which holds what the run was for, could not be written."""
         sample = None if self.left is not None else sample_text(self.config, self.engine, self.corpus, self.mesh.device)
         memory = measure_memory(self.engine, self.mesh)
         if self.recorder is not None:
@@ -283,7 +284,10 @@ class Trainer:
             self.recorder.close(sample, memory, checkpoint.latest(self.folder.checkpoints))
         if self.saver.failure:
             what = "run is done" if self.left is None else "run was left"
-            raise OSError(f"the {what}, but its last {self.saver.failure}")
+            report = f"the {what}, but its last {self.saver.failure}"
+            if self.mesh.is_main:
+                print(f"moetrain: {report}", file=sys.stderr, flush=True)
+            raise Unstable(report)
 
 
 def _due(done: int, every: int) -> bool:

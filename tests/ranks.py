@@ -5,6 +5,7 @@ They are forked from a server that has imported what all need and run nothing: a
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -16,10 +17,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOAD = ["moetrain.engine.deepspeed", "moetrain.train", "torch._dynamo", "transformers"]
+PRELOAD = [
+    "moetrain.engine.deepspeed",
+    "moetrain.train",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # whose import compiles: seconds with the first ZeRO engine
+    "transformers",
+]
 
 
 def _main(rank: int, world: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
+    gc.freeze()  # a collection would walk through all that was imported: DeepSpeed asks for one with each engine
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     try:

@@ -35,7 +35,7 @@ class Started:
     """``world`` ranks in ``folder``; all are gone at the end of the context."""
 
     def __init__(self, folder: Path, *overrides: str, world: int = 2, before: Callable[[int], None] = _nothing) -> None:
-        """before: called with the rank, in its process, before it starts."""
+        """before: called with the rank, in its process, before it starts, with its environment."""
         self.run = folder / "outputs" / "it"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, __name__])
@@ -98,12 +98,12 @@ def _rank(
     rank: int, world: int, port: int, folder: Path, overrides: tuple[str, ...], before: Callable[[int], None]
 ) -> None:
     os.chdir(folder)
-    before(rank)
     with open(f"rank{rank}.txt", "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    before(rank)
     torch.set_num_threads(1)
     code = main(["train", *overrides, f"data.cache={folder}/cache"])
     with contextlib.suppress(OSError):

@@ -79,6 +79,16 @@ def test_a_background_save_is_of_the_moment_at_which_it_was_begun(
         tensors = some_tensors(2)
 
 
+def test_memory_for_copies_is_there_before_the_first_save(tmp_path: Path) -> None:
+    tensors, one = some_tensors(1), saver(tmp_path, background=True)
+    one.reserve(state_of(tensors), [])
+    reserved = one._buffer.data_ptr()
+    assert one._buffer.numel() >= sum(tensor.nbytes for tensor in tensors.values())
+    one.save(1, state_of(tensors), [], {})
+    assert one._buffer.data_ptr() == reserved
+    one.finish()
+
+
 def test_old_ones_go_and_the_newest_stay(tmp_path: Path) -> None:
     for step in (5, 9, 10, 100, 123456789):
         save(tmp_path, step, {})

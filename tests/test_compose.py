@@ -253,7 +253,7 @@ def test_names_count_upwards() -> None:
 
 
 def test_pairs_of_choices_do_not_disturb_each_other() -> None:
-    for router, capacity in zip(options("router"), itertools.cycle(options("capacity"))):
+    for router, capacity in zip(options("router")[::4], itertools.cycle(options("capacity"))):
         choices = [f"router={router}", f"capacity={capacity}", "dispatch=alltoall", ANY_ROUTER]
         config = compose(["recipe=nano_moe", *choices], 8)
         bare = compose(choices, 2)

@@ -177,7 +177,10 @@ def test_a_broken_parquet_is_named(tmp_path):
     assert "cannot be read as parquet" in refused(tmp_path, source="parquet", path=str(tmp_path))
 
 
-def test_a_data_set_that_cannot_be_loaded(tmp_path):
+def test_a_data_set_that_cannot_be_loaded(tmp_path, monkeypatch):
+    """Offline, or it would be tried again and again where there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     write_parquet(tmp_path / "set" / "train.parquet", TEXTS)
     assert "datasets cannot load it" in refused(tmp_path, source="hub", path=str(tmp_path / "set"), split="nope")
     assert "datasets cannot load it" in refused(tmp_path, source="hub", path="no-such/data-set")

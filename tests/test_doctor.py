@@ -202,7 +202,7 @@ def test_the_recorder_tells_it_as_an_event_and_a_line(tmp_path: Path, capsys: py
     gauges = gauges_with()
     for done in range(10, 201, 10):
         recorder.tick(done, 0.1)
-        means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(counts_LE, counts_LE), gauges)
+        means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(counts_LE, counts_LE), gauges, 1)
         recorder.window(done, means, {"train/skipped_steps": 0.0}, [{}], {})
     recorder.close(None, (), None)
     (event,) = read_events(tmp_path / "events.jsonl")
@@ -217,13 +217,29 @@ def test_windows_that_a_run_went_back_over_are_in_no_running_number(tmp_path: Pa
     for done, counts in ((10, [500, 500, *[0] * 6]), (20, [125] * 8)):
         counts_LE = torch.tensor([counts])
         recorder.tick(done, 0.1)
-        means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(counts_LE, counts_LE), gauges_with())
+        means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(counts_LE, counts_LE), gauges_with(), 1)
         recorder.window(done, means, {}, [{}], {})
         if done == 10:
             recorder.go_back(0, "back to step 0")
     recorder.close(None, (), None)
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert (row[STEP], row["balance/max_vio_running"], row["balance/churn"]) == (20, 0.0, 0.0)
+
+
+def test_tokens_of_skipped_steps_have_no_experts(tmp_path: Path) -> None:
+    """Two steps, one of them skipped: the 1,000 assignments are those of one step."""
+    config = tiny(train__steps=300, monitor__progress=False, model__first_dense=1)
+    recorder = Recorder(config, alone(), CorpusFacts(64, 4.0, 3.0, 4.0), RunFolder(tmp_path), 0)
+    counts_LE = torch.tensor([[125] * 8])
+    recorder.tick(9, 0.1)
+    recorder.tick(10, 0.1)
+    means = WindowMeans(1.0, 1.0, {}, LoadCounts(counts_LE, counts_LE), gauges_with(), num_steps=1)
+    recorder.window(10, means, {}, [{}], {})
+    recorder.close(None, (), None)
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    tokens = config.train.global_batch * config.model.context
+    assert row["balance/experts_per_token"] == pytest.approx(1000 / tokens)
+    assert row["perf/tokens_per_second"] == pytest.approx(2 * tokens / 0.2)
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import pytest
 
 from moetrain.config import DataConfig
 from moetrain.data import Corpus, Loader, prepare
-from moetrain.health.rollback import _jumps
-from moetrain.monitor.runfolder import read_record
+from moetrain.health.rollback import Rollbacks, _jumps
+from moetrain.monitor.runfolder import RunFolder, read_record
 from moetrain.types import ConfigError
 from tests.test_checkpoint_faults import ODD, Bomb, mutate
+from tests.tiny import alone
 
 NUM_CASES = int(os.environ.get("MOETRAIN_FUZZ", "600"))
 NUM_RECORDS = NUM_CASES * 4 // 3
@@ -141,3 +142,12 @@ def test_any_record_and_any_rollbacks_are_read_or_refused(tmp_path: Path) -> Non
         else:
             assert all(one.step >= 0 and one.batches >= 0 for one in jumps)
     assert refused > NUM_RECORDS // 2
+
+
+def test_a_run_with_damaged_rollbacks_is_told_in_a_sentence(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.rollbacks.write_text("[{")
+    with pytest.raises(ConfigError) as raised:
+        Rollbacks(folder, alone(), 3)
+    (problem,) = raised.value.problems
+    assert problem.reason.startswith(f"{folder.rollbacks} is damaged")

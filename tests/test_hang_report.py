@@ -88,6 +88,15 @@ def test_a_rank_that_failed_by_itself_waits_for_nobody() -> None:
     assert "ValueError: planted" in hang.report(dumps, 4)
 
 
+def test_a_link_that_is_down_is_no_rank_that_is_late() -> None:
+    """Ranks 1 and 2 are cut off from each other within what all have come to; rank 0 still waits in it."""
+    broken = [left_by(rank, reduce(1), reduce(2), error="RuntimeError: timed out") for rank in (1, 2, 3)]
+    dumps = by_rank(left_by(0, reduce(1), reduce(2, ended=False)), *broken)
+    text = hang.report(dumps, 4)
+    assert "ranks [0, 1, 2, 3] have all come to gloo:all_reduce [[10]], which has failed: see the links of host0" in text
+    assert "wait in gloo:all_reduce [[10]], number 2 of the group [0, 1, 2, 3]; all have come to it" in text
+
+
 def test_nothing_known_of_collectives_is_said_and_not_passed_over() -> None:
     dumps = by_rank(*(left_by(rank, problem="no recorder here") for rank in (0, 1)))
     text = hang.report(dumps, 4)

@@ -229,7 +229,7 @@ def test_made_up_counts_agree_with_each_other(name):
 def test_the_recorder_writes_counts_skips_and_resumes(tmp_path):
     config = tiny(train__steps=6, monitor__progress=False, monitor__log_every=2)
     assigned_LE = torch.arange(16).reshape(2, 8)
-    means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(assigned_LE, assigned_LE // 2))
+    means = WindowMeans(1.0, 1.0, {"balance": 1.0, "z": 0.5}, LoadCounts(assigned_LE, assigned_LE // 2), num_steps=2)
     folder = RunFolder(tmp_path)
     for start in (0, 2):
         recorder = Recorder(config, alone(), CorpusFacts(64, 4.0, 3.0, 4.0), folder, start)

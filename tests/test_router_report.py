@@ -173,6 +173,6 @@ def test_a_run_whose_loss_is_no_number_fails_loudly(
     overrides += ["engine=local", "machine.device=cpu", "monitor.progress=false", "run.id=it", f"run.root={tmp_path}"]
     assert cli.main(["train", *overrides]) == 1
     told = capsys.readouterr()
-    assert "THE RUN HAS FAILED: its last loss is nan" in told.err
+    assert "THE RUN HAS FAILED: its last validation loss is nan" in told.err
     assert "the run has failed" in told.out
     assert "THE RUN HAS FAILED" in (tmp_path / "it" / "events.jsonl").read_text()

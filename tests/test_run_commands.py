@@ -38,7 +38,7 @@ def test_a_run_is_its_folder_or_its_id(outputs, capsys):
 def test_top_once_draws_the_newest_window(outputs, capsys):
     text = told(capsys, "top", "first-try", "--once")
     assert text.startswith("first-try: ")
-    assert "steps 11 to 20:" in text
+    assert "steps 11 to 20" in text
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -4,6 +4,7 @@ where there is nothing to learn.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,9 +20,10 @@ from moetrain.types import RouterInput, Routing
 from tests.ranks import run_ranks
 from tests.tiny import ids, moe_layer, tiny
 
-NUM_STEPS, NUM_EXPERTS, TOKENS = 500, 8, 6
+NUM_STEPS = int(os.environ.get("MOETRAIN_SOAK", "150"))
+NUM_EXPERTS, TOKENS = 8, 6
 CPU = torch.device("cpu")
-DISPATCHERS = [("alltoall", None), ("alltoall", 1.0), ("padded", 1.0)]
+DISPATCHERS = [("alltoall", None), ("alltoall", 1.0), ("dedup", None), ("padded", 1.0)]
 
 
 class Dictated(torch.nn.Module):
@@ -105,10 +107,10 @@ def test_adversarial_routings_never_hang_and_lose_nothing(world: int) -> None:
         assert (assigned == sent).all()
         assert (kept <= assigned).all()
         nothing = kept.sum(0) == 0
-        assert 20 < nothing.sum() < NUM_STEPS / 2
+        assert NUM_STEPS / 25 < nothing.sum() < NUM_STEPS / 2
         assert (gradient[:, nothing] == 0).all()
         assert (gradient[:, ~nothing].sum(0) > 0).all()
-        if name == "alltoall None":
+        if name.endswith("None"):
             assert (kept == assigned).all()
         if name.startswith("alltoall"):
             assert (received.sum(0) == kept.sum(0)).all()

@@ -94,6 +94,11 @@ class Saver:
         else:
             self.finish()
 
+    def reserve(self, state: State, generators: Iterable[Piece]) -> None:
+        """Have the memory for background copies now, not with the first save: fresh pages cost more than the copy."""
+        if self._background:
+            self._host_buffer(Contents([*state.shares, *generators]).num_bytes).zero_()
+
     def poll(self) -> None:
         """At a step boundary: do what is next for the checkpoint that is pending, if any. Collective if so."""
         self._advance(wait=False)

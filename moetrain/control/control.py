@@ -28,18 +28,16 @@ class Control:
         self._config, self._mesh = config, mesh
         self._layers = [i for i in range(config.model.num_layers) if is_moe_layer(config.model, i)]
         self._controllers = _controllers(config, model, engine, mesh)
-        self._seen_until = 0
 
     def act(self, done: int, means: WindowMeans) -> list[Action]:
         """After ``done`` steps, of which the window ``means`` are the last ones. Not after the last step of the run:
         what is evaluated and saved then shall be what was trained. Collective.
         """
-        num_steps, self._seen_until = done - self._seen_until, done
         if not self._controllers or means.load is None or done == self._config.train.steps:
             return []
         balance = summarise(means.load, self._mesh.ep_size, self._layers)
         share = done / self._config.train.steps
-        seen = Seen(done, share, num_steps, balance, means.load.assigned_LE.numpy())
+        seen = Seen(done, share, means.num_steps, balance, means.load.assigned_LE.numpy())
         return [action for one in self._controllers.values() for action in one.act(seen)]
 
     def numbers(self) -> dict[str, float]:
@@ -50,9 +48,8 @@ class Control:
         """Plain JSON, for the checkpoint."""
         return {name: one.state() for name, one in self._controllers.items()}
 
-    def load(self, done: int, state: Mapping[str, Any]) -> None:
-        """Go on after ``done`` steps. A controller of which ``state`` knows nothing starts anew."""
-        self._seen_until = done
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. A controller of which ``state`` knows nothing starts anew."""
         for name in self._controllers.keys() & state.keys():
             self._controllers[name].load(state[name])
 

@@ -32,7 +32,9 @@ class Difference:
 
 
 def waits(dumps: Mapping[int, Dump]) -> list[Wait]:
-    """Of every group in which somebody waits; the most waited for first."""
+    """Of every group in which somebody waits; the most waited for first, last what all have come to (``missing`` []):
+    then nobody is late, but what was sent did not arrive.
+    """
     found = []
     for group, ranks in _groups(dumps).items():
         last = {rank: _last(dumps[rank], group) for rank in ranks if rank in dumps}
@@ -43,9 +45,9 @@ def waits(dumps: Mapping[int, Dump]) -> list[Wait]:
         numbers = {rank: 0 if one is None else one.number for rank, one in last.items()}
         missing = [rank for rank in ranks if numbers.get(rank, 0) < newest.number]
         waiting = [rank for rank, one in stuck.items() if one.number == newest.number]
-        if missing:
+        if missing or waiting == ranks:
             found.append(Wait(newest, ranks, waiting, missing))
-    return sorted(found, key=lambda wait: -len(wait.waiting))
+    return sorted(found, key=lambda wait: (not wait.missing, -len(wait.waiting)))
 
 
 def culprits(dumps: Mapping[int, Dump], found: Sequence[Wait]) -> list[int]:
@@ -76,10 +78,9 @@ def report(dumps: Mapping[int, Dump], world_size: int) -> str:
     step = max(dump.step for dump in dumps.values())
     lines = [f"TRAINING HAS STOPPED at step {step}: {_headline(dumps, found, unequal, silent)}", ""]
     for wait in found:
-        lines.append(
-            f"ranks {wait.waiting} wait in {wait.collective}, number {wait.collective.number} of the group "
-            f"{wait.ranks}; not come to it: ranks {wait.missing}"
-        )
+        late = f"not come to it: ranks {wait.missing}" if wait.missing else "all have come to it"
+        where = f"{wait.collective}, number {wait.collective.number} of the group {wait.ranks}"
+        lines.append(f"ranks {wait.waiting} wait in {where}; {late}")
     for one in unequal:
         told = "; ".join(f"ranks {ranks}: {name}" for name, ranks in one.begun.items())
         lines.append(f"ranks do not make the same collective as number {one.number} of the group {one.ranks}: {told}")
@@ -97,8 +98,13 @@ def _headline(
         odd = min(unequal[0].begun.values(), key=len)
         even = len({len(ranks) for ranks in unequal[0].begun.values()}) == 1
         return f"ranks {unequal[0].ranks} do not agree" if even else f"ranks {odd} have left the others' order"
-    if found:
+    if found and found[0].missing:
         return f"ranks {culprits(dumps, found)} have not come to {found[0].collective}"
+    if found:
+        hosts = ", ".join(sorted({dumps[rank].host for rank in found[0].ranks}))
+        return (
+            f"ranks {found[0].ranks} have all come to {found[0].collective}, which has failed: see the links of {hosts}"
+        )
     if silent:
         return f"ranks {silent} are silent"
     thrown = any(dump.thrown for dump in dumps.values())

@@ -15,6 +15,7 @@ from moetrain.checkpoint import NoneWhole, Source
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh
+from moetrain.types import ConfigError, Problem
 
 
 class Unstable(RuntimeError):
@@ -33,10 +34,15 @@ class Rollbacks:
     """The jumps of a run, in its folder, where rank 0 writes them. The same on every rank."""
 
     def __init__(self, folder: RunFolder, mesh: Mesh, most: int) -> None:
-        """most: how often a run goes back. Raises ValueError, on every rank, if the file is damaged. Collective."""
+        """most: how often a run goes back. Raises ConfigError, on every rank, if the file is damaged. Collective."""
         self._path, self._checkpoints, self._mesh, self._most = folder.rollbacks, folder.checkpoints, mesh, most
         content = self._path.read_bytes() if mesh.is_main and self._path.exists() else b"[]"
-        self._jumps = _jumps(broadcast_text(content.decode(errors="replace"), mesh.world_group), self._path)
+        text = broadcast_text(content.decode(errors="replace"), mesh.world_group)
+        try:
+            self._jumps = _jumps(text, self._path)
+        except ValueError as error:
+            fix = "bring that file back, for it says which data to leave out, or name another run.id"
+            raise ConfigError([Problem("run.id", folder.id, str(error), fix)]) from error
 
     def batch_of(self, step: int) -> int:
         """The batch that step ``step`` (from 0) takes: of the jumps at or before it, the last counts."""

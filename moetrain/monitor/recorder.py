@@ -72,7 +72,6 @@ class Recorder:
         self._steps = self._steady_steps = 0
         self._phases: dict[str, float] = {}
         self._last: WindowMeans | None = None
-        self._last_steps = 0
         self._validation: float | None = None
 
     def go_back(self, start: int, message: str) -> None:
@@ -208,7 +207,7 @@ class Recorder:
             self._phases[name] = self._phases.get(name, 0.0) + seconds
         self._steady_seconds += self._seconds
         self._steady_steps += self._steps
-        self._last, self._last_steps = means, self._steps
+        self._last = means
         self._seconds, self._steps = 0.0, 0
 
     def _report(
@@ -227,7 +226,7 @@ class Recorder:
             load = LoadReport(
                 last.load,
                 summarise(last.load, self._mesh.ep_size, self._layers),
-                self._last_steps * self._tokens_per_step,
+                last.num_steps * self._tokens_per_step,
                 traits.experts_per_token if traits.ragged else None,
             )
         return ClosingReport(

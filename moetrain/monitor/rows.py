@@ -18,7 +18,7 @@ from moetrain.parallel.mesh import Mesh, weight_dtype
 
 @dataclass(frozen=True)
 class Timing:
-    """The window's steps and seconds, and the seconds of each phase."""
+    """The window's steps, skipped ones too, and seconds, and the seconds of each phase."""
 
     steps: int
     seconds: float
@@ -67,7 +67,7 @@ class Rows:
             row |= vitals(means.gauges, self.layers, self._row_bytes)
             if means.load.domain_LDE is not None:
                 row |= domain_numbers(means.load.domain_LDE.numpy(), self.layers)
-            tokens = timing.steps * self.tokens_per_step
+            tokens = means.num_steps * self.tokens_per_step
             row["balance/experts_per_token"] = float(assigned_LE.sum()) / (tokens * len(self.layers))
         return Row(row, balance, tokens_per_second)
 

@@ -46,7 +46,7 @@ class GaugeMeans:
 @dataclass(frozen=True)
 class WindowMeans:
     """Means over micro-batches and ranks, in nats, router losses by the names of ``LossTerms``, and global counts,
-    int64 [L, E]. NaN and None where the window holds nothing.
+    int64 [L, E]. NaN and None where the window holds nothing. num_steps: that are counted, without skipped ones.
     """
 
     loss: float
@@ -54,6 +54,7 @@ class WindowMeans:
     terms: Mapping[str, float]
     load: LoadCounts | None
     gauges: GaugeMeans | None = None
+    num_steps: int = 0
 
 
 class Window:
@@ -65,7 +66,7 @@ class Window:
 
     def _clear(self) -> None:
         self._sums_X = torch.zeros(2 + len(NAMES), dtype=torch.float64, device=self._mesh.device)
-        self._num = 0
+        self._num = self._num_steps = 0
         self._load: LoadCounts | None = None
         self._gauges: list[Gauges] | None = None
         self._swing = Swing()
@@ -78,6 +79,7 @@ class Window:
 
     def add_load(self, load: LoadCounts, gauges: list[Gauges]) -> None:
         """The expert load of one step of this rank, and the gauges of each MoE layer."""
+        self._num_steps += 1
         self._swing.add(load.assigned_LE)
         if self._load is None or self._gauges is None:
             self._load, self._gauges = load, gauges
@@ -99,8 +101,9 @@ class Window:
             num_counts = 2 if load.domain_LDE is None else 3
             counts = LoadCounts(*(sums.to(torch.int64) for sums in rest[:num_counts]))
             means = _means(rest[num_counts:], load.assigned_LE.shape[1], self._mesh.world_size)
+        num_steps = self._num_steps
         self._clear()
-        return WindowMeans(loss, lm, dict(zip(NAMES, terms, strict=True)), counts, means)
+        return WindowMeans(loss, lm, dict(zip(NAMES, terms, strict=True)), counts, means, num_steps)
 
 
 def sum_together(tensors: Sequence[Tensor], group: ProcessGroup | None) -> list[Tensor]:

@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
 install '.[test]'
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -139,7 +139,8 @@ def test_ranks_follow_the_gpus(checkout, gpus, quickstart, local):
 def test_the_tests_are_run_with_the_test_extra(checkout):
     calls = checkout.run("launch/test.sh", "-k", "routing and not slow", "-x")
     assert calls[-2][-2:] == ["--editable", ".[test]"]
-    assert calls[-1] == ["python", "-m", "pytest", "-k", "routing and not slow", "-x"]
+    beside = ["--numprocesses", "2", "--dist", "loadfile"]
+    assert calls[-1] == ["python", "-m", "pytest", *beside, "-k", "routing and not slow", "-x"]
 
 
 @pytest.mark.parametrize("node_rank", ["0", "1"])

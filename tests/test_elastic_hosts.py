@@ -69,7 +69,7 @@ def test_the_host_that_is_left_goes_on_alone(tmp_path: Path) -> None:
     got, expected = losses(run), losses(whole.run)
     assert sorted(got) == list(range(1, 17))
     for step, (loss, norm) in expected.items():
-        assert got[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-3))
+        assert got[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
 
 
 def _runs(pid: int) -> bool:

@@ -93,7 +93,9 @@ def test_a_link_that_is_down_is_no_rank_that_is_late() -> None:
     broken = [left_by(rank, reduce(1), reduce(2), error="RuntimeError: timed out") for rank in (1, 2, 3)]
     dumps = by_rank(left_by(0, reduce(1), reduce(2, ended=False)), *broken)
     text = hang.report(dumps, 4)
-    assert "ranks [0, 1, 2, 3] have all come to gloo:all_reduce [[10]], which has failed: see the links of host0" in text
+    assert (
+        "ranks [0, 1, 2, 3] have all come to gloo:all_reduce [[10]], which has failed: see the links of host0" in text
+    )
     assert "wait in gloo:all_reduce [[10]], number 2 of the group [0, 1, 2, 3]; all have come to it" in text
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from moetrain.compose import compose
 from moetrain.config import Config
+from moetrain.health import dump, watchdog
 from moetrain.health.watchdog import HUNG
 from moetrain.monitor.events import read_events
 from moetrain.train import main
@@ -74,6 +75,17 @@ def fail(_: Trainer) -> None:
     raise ValueError("planted")
 
 
+def stall(_: Trainer) -> None:
+    """The storage of the run folder answers this rank no more."""
+
+    def never(*_: object) -> None:
+        time.sleep(600)
+
+    dump.write = dump.read_all = never  # type: ignore[assignment]
+    watchdog.GRACE_S = 1.0
+    time.sleep(600)
+
+
 def flip(trainer: Trainer) -> None:
     """The lowest bit of one weight."""
     trainer.model.get_parameter("norm.weight").data.view(torch.int32)[0] ^= 1
@@ -84,6 +96,7 @@ HANGS = {
     "is_stopped": Fault(stop, victim=1, world=2),
     "is_killed": Fault(kill, victim=1, world=2),
     "leaves_one_out": Fault(leave_out, victim=1, world=3),
+    "stalls": Fault(stall, victim=1, world=2),
     "fails": Fault(fail, victim=1, world=2),
 }
 FLIP = Fault(flip, victim=1, world=2, overrides=("health.replicas_every=100", "train.checkpoint_every=2"))
@@ -186,6 +199,12 @@ def test_a_rank_that_sleeps_tells_where_and_its_peers_wait_for_it_alone(jobs: di
 def test_a_rank_without_a_word_is_silent(jobs: dict[str, Job], name: str) -> None:
     assert "rank 1: silent" in jobs[name].report
     assert jobs["is_killed"].codes[1] == -signal.SIGKILL
+
+
+def test_a_rank_whose_storage_hangs_ends_too(jobs: dict[str, Job]) -> None:
+    job = jobs["stalls"]
+    assert job.codes == [HUNG, HUNG]
+    assert "rank 1 hangs in step 3, step; " in (job.folder / "rank1.err").read_text()
 
 
 def test_a_rank_that_fails_tells_why(jobs: dict[str, Job]) -> None:

@@ -56,7 +56,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._at = (0, "start", monotonic())
         if self._mesh.world_group is not None:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            for act in (self._watch, self._note):
+                threading.Thread(target=act, name=f"watchdog {act.__name__}", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -81,17 +82,31 @@ class Watchdog:
         self._at = (self._at[0] if step is None else step, phase or self._at[1], monotonic())
 
     def _watch(self) -> None:
+        """Ends the process. It touches no file itself: the storage of the run may be what hangs."""
+        while not self._over.wait(LOOK_EVERY_S):
+            if self._late_s() > self._later_s:
+                report = threading.Thread(target=self._report, daemon=True)
+                report.start()
+                report.join(3 * GRACE_S)
+                if report.is_alive():
+                    step, phase, _began = self._at
+                    told = f"rank {self._mesh.rank} hangs in step {step}, {phase}; {self._folder} answers no more"
+                    print(f"moetrain: {told}", file=sys.stderr, flush=True)
+                os._exit(HUNG)
+
+    def _note(self) -> None:
+        """Writes down where this rank is, once for each beat that was the last for too long."""
         told = 0.0
         while not self._over.wait(LOOK_EVERY_S):
-            _step, phase, beat = self._at
-            late_s = monotonic() - beat - (max(self._timeout_s, START_S) if phase == "start" else self._timeout_s)
+            beat = self._at[2]
             is_asked = monotonic() - beat > ASK_S and self._folder.exists()
-            if (late_s > 0 or is_asked) and told != beat:
+            if (self._late_s() > 0 or is_asked) and told != beat:
                 told = beat
                 self._write(None)
-            if late_s > self._later_s:
-                self._report()
-                os._exit(HUNG)
+
+    def _late_s(self) -> float:
+        _step, phase, beat = self._at
+        return monotonic() - beat - (max(self._timeout_s, START_S) if phase == "start" else self._timeout_s)
 
     def _write(self, error: Exception | None) -> None:
         step, phase, beat = self._at

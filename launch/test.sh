@@ -5,4 +5,5 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
 install '.[test]'
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each of the two processes
 exec python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -135,9 +135,9 @@ def test_the_busiest_rank_is_told_in_eighty_columns(tmp_path):
 
 def test_ctrl_c_leaves_a_real_terminal_as_it_was(tmp_path):
     run = write_run(tmp_path, "healthy", Shape(done=50))
-    code = (
-        "import sys; from pathlib import Path; from rich.console import Console; from moetrain.monitor.top import top\n"
-    )
+    code = "import signal, sys; from pathlib import Path; from rich.console import Console\n"
+    code += "from moetrain.monitor.top import top\n"
+    code += "signal.signal(2, signal.default_int_handler)\n"  # a shell's background jobs, and theirs, ignore it
     code += f"sys.exit(top(Path({str(run)!r}), False, Console()))"
     ours, theirs = pty.openpty()
     with subprocess.Popen(

@@ -22,7 +22,7 @@ from moetrain.types import ConfigError
 from tests.test_checkpoint_faults import ODD, Bomb, mutate
 from tests.tiny import alone
 
-NUM_CASES = int(os.environ.get("MOETRAIN_FUZZ", "600"))
+NUM_CASES = int(os.environ.get("MOETRAIN_FUZZ", "1000"))
 NUM_RECORDS = NUM_CASES * 4 // 3
 FILES = ("meta.json", "train.bin", "train_starts.npy", "validation.bin", "validation_starts.npy")
 MOST_BYTES = 200 * 2**20

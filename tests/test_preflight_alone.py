@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moetrain.cli import main
 from moetrain.config import DataConfig
 from moetrain.data import Corpus, prepare
 from moetrain.monitor.origin import origin
@@ -36,6 +37,15 @@ def test_alone_nothing_is_sent(corpus: Corpus, tmp_path: Path, monkeypatch: pyte
     found = examine(tiny(), ONE, corpus, origin(1))
     assert all(one.ok for one in found)
     assert [one.check for one in found if "nothing to send" in one.detail] == list(GROUPS)
+
+
+def test_the_command_fits_an_elastic_run_to_the_ranks_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=quickstart", "model=nano", "machine.device=cpu", "engine.ep_size=4", "run.elastic=true"]
+    assert main(["preflight", *words]) == 0
+    assert "FAILED" not in capsys.readouterr().out
 
 
 def test_checkpoints_that_are_there_need_no_room(corpus: Corpus, tmp_path: Path, monkeypatch: Any) -> None:

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from rich.console import Console
 
-from moetrain.checks import ep_size_of
+from moetrain.checks import ep_size_of, fitted
 from moetrain.config import Config
 from moetrain.data import prepare
 from moetrain.monitor.origin import origin
@@ -26,6 +26,7 @@ def main(config: Config, console: Console) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_host(config)
     corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
+    config = fitted(config, world_size)
     mesh = init_mesh(ep_size_of(config, world_size), config.machine)
     try:
         began = perf_counter()

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moetrain.bench.race import bytes_sent
 from moetrain.compose import options
 from moetrain.moe.replay import Replay
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import Placement, RouterInput, Routing
+from tests.forced import forced
 from tests.ranks import run_ranks
 from tests.tiny import ROUTER, alone, ids, moe_layer, seen, tiny
 
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 SHARDED = [name for name in options("dispatch") if name != "local"]
 
 
-def forced(kind: str, rank: int) -> torch.Tensor:
+def chosen(kind: str, rank: int) -> torch.Tensor:
     """expert_TK of 8 experts, the same on every rank unless ``kind`` says otherwise."""
     generator = torch.Generator().manual_seed(100 + rank)
     if kind == "all_to_one":
@@ -41,8 +43,7 @@ class ForcedRouter(torch.nn.Module):
         self.inner, self.expert_TK = inner, expert_TK
 
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
-        replay.decisions["expert"] = self.expert_TK
-        return self.inner(given, replay)
+        return forced(self.inner, given, replay, self.expert_TK)
 
 
 class ForcedCapacity(torch.nn.Module):
@@ -62,7 +63,7 @@ def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | N
     config = tiny(dispatch=dispatch, capacity__factor_train=factor, capacity__minimum=2, experts__num_shared=1)
     layer = moe_layer(config, mesh)
     kept_TK = torch.full((TOKENS, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
-    layer.router = ForcedRouter(layer.router, forced(kind, rank))
+    layer.router = ForcedRouter(layer.router, chosen(kind, rank))
     layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
     x_TD = torch.randn(TOKENS, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     out = layer(x_TD, ids(x_TD, 2), Replay())
@@ -142,34 +143,25 @@ def test_zero_tokens() -> None:
         assert (layer.experts.down.grad == 0).all()
 
 
-def bytes_sent(rank: int, world: int, dispatch: str, top_k: int) -> tuple[int, int]:
+def sent_and_reached(rank: int, world: int, dispatch: str, top_k: int) -> tuple[int, int]:
     """Of one layer, forward and backward on 128 tokens of 512 numbers: the bytes that leave this rank, and the
     (token, other rank) pairs of its routing.
     """
-    mesh, sent, send = mesh_of_world(world, CPU), [0], dist.all_to_all_single
-
-    def counted(out: torch.Tensor, x: torch.Tensor, receives: Any = None, sends: Any = None, **keys: Any) -> Any:
-        blocks = x.split(sends) if sends else x.chunk(world)
-        sent[0] += sum(block.nbytes for number, block in enumerate(blocks) if number != rank)
-        return send(out, x, receives, sends, **keys)
-
-    router = {**ROUTER, "top_k": top_k}
+    mesh, router = mesh_of_world(world, CPU), {**ROUTER, "top_k": top_k}
     layer = moe_layer(tiny(dispatch=dispatch, router=router, experts__num_experts=64, model__dim=512), mesh)
     expert_TK = torch.rand(128, 64, generator=torch.Generator().manual_seed(rank)).topk(top_k).indices
     layer.router = ForcedRouter(layer.router, expert_TK)
     x_TD = torch.randn(128, 512, requires_grad=True)
-    dist.all_to_all_single = counted
-    layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD.sum().backward()
-    dist.all_to_all_single = send
+    sent = bytes_sent(lambda: layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD.sum().backward())
     reached_TG = torch.zeros(128, world).scatter_(1, expert_TK // (64 // world), 1.0)
-    return sent[0], int(reached_TG.sum() - reached_TG[:, rank].sum())
+    return sent, int(reached_TG.sum() - reached_TG[:, rank].sum())
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_no_token_travels_twice_to_a_rank(world: int) -> None:
     """Two ways, forward and backward, of 512 fp32 numbers for each rank that a token reaches, and little else."""
-    for sent, pairs in run_ranks(world, bytes_sent, "dedup", 8):
+    for sent, pairs in run_ranks(world, sent_and_reached, "dedup", 8):
         least = 4 * 512 * 4 * pairs
         assert least < sent <= 1.05 * least
-    for sent, pairs in run_ranks(world, bytes_sent, "alltoall", 8):
+    for sent, pairs in run_ranks(world, sent_and_reached, "alltoall", 8):
         assert sent > 1.5 * (4 * 512 * 4 * pairs)

@@ -16,6 +16,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import RouterInput, Routing
+from tests.forced import forced
 from tests.ranks import run_ranks
 from tests.tiny import ids, moe_layer, tiny
 
@@ -35,8 +36,7 @@ class Dictated(torch.nn.Module):
         self.adapts = False
 
     def forward(self, given: RouterInput, replay: Replay) -> Routing:
-        replay.decisions["expert"] = self.expert_TK
-        routing = self.inner(given, replay)
+        routing = forced(self.inner, given, replay, self.expert_TK)
         return replace(routing, weight_TK=routing.weight_TK * self.valid_TK, valid_TK=self.valid_TK)
 
 

@@ -46,9 +46,15 @@ def layer_configs(overrides: Sequence[str], world_size: int, config_dir: str | N
     own = {word.partition("=")[0] for word in overrides}
     words = [f"{key}={value}" for key, value in LAYER.items() if key not in own]
     words.append(f"dispatch={'local' if world_size == 1 else 'dedup'}")
-    words.append(f"train.global_batch={world_size * 840}")
     choices = [_choices(word) for word in overrides]
-    return [compose([*words, *combination], world_size, config_dir) for combination in product(*choices)]
+    return [_compose([*words, *combination], world_size, config_dir) for combination in product(*choices)]
+
+
+def _compose(words: list[str], world_size: int, config_dir: str | None) -> Config:
+    """A batch is one micro-batch of each rank."""
+    micro_batch = next(word.partition("=")[2] for word in reversed(words) if word.startswith("train.micro_batch="))
+    batch = int(micro_batch) * world_size if micro_batch.isdecimal() else world_size
+    return compose([*words, f"train.global_batch={batch}"], world_size, config_dir)
 
 
 def _choices(word: str) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.bench.peers import LayerCase, peers
-from moetrain.bench.race import Contestant, Sample, bytes_sent, median_and_least, race
+from moetrain.bench.race import Contestant, Sample, bytes_sent, median_and_least, most_of, race
 from moetrain.bench.routing import Routing, gate_of, tokens_of
 from moetrain.checks import traits_of
 from moetrain.config import Config
@@ -69,7 +69,7 @@ def bench_layer(
             case = _case(config, mesh, routing)
             contestants, missing = field(case, config, gemm)
             _check(contestants, case)
-            sent = {one.name: bytes_sent(one.step, mesh) if mesh.world_size > 1 else 0 for one in contestants}
+            sent = {one.name: int(most_of(bytes_sent(one.step), mesh)) for one in contestants}
             samples = race(contestants, mesh, rounds)
             found = [Result(facts, routing, n.name, n.note, samples[n.name], sent[n.name]) for n in contestants]
             results += found

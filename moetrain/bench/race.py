@@ -59,13 +59,17 @@ def timed(step: Callable[[], object], mesh: Mesh) -> Sample:
         torch.accelerator.synchronize()
     cpu = process_time() - cpu
     barrier(mesh.world_group)
-    wall = perf_counter() - wall
-    most = gather_equal(torch.tensor([cpu], dtype=torch.float64, device=mesh.device), mesh.world_group).max()
-    return Sample(wall, float(most))
+    return Sample(perf_counter() - wall, most_of(cpu, mesh))
 
 
-def bytes_sent(step: Callable[[], object], mesh: Mesh) -> int:
-    """By one step's exchanges to other ranks, of the rank that sends most. Collective."""
+def most_of(number: float, mesh: Mesh) -> float:
+    """The largest of all ranks' numbers. Collective."""
+    mine = torch.tensor([number], dtype=torch.float64, device=mesh.device)
+    return float(gather_equal(mine, mesh.world_group).max())
+
+
+def bytes_sent(step: Callable[[], object]) -> int:
+    """By the exchanges of one step, from this rank to others."""
     total, exchange = [0], dist.all_to_all_single
 
     def counted(output: torch.Tensor, input: torch.Tensor, *args: Any, **keys: Any) -> Any:
@@ -80,7 +84,7 @@ def bytes_sent(step: Callable[[], object], mesh: Mesh) -> int:
         step()
     finally:
         dist.all_to_all_single = exchange
-    return int(gather_equal(torch.tensor(total, device=mesh.device), mesh.world_group).max())
+    return total[0]
 
 
 def median_and_least(samples: Sequence[Sample], kind: str) -> tuple[float, float]:

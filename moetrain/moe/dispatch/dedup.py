@@ -49,8 +49,8 @@ class DedupDispatcher(Dispatcher):
         send, receive = numbers[:num_ranks], numbers[num_ranks:]
         copies = copies_by_rank(reaches_TG, sum(send))
         x_CD = self.exchange(rows_of_tokens(x_TD, copies), send, receive, "dispatch")
-        tags_C2K = self.exchange(self._tags(placement, copies), send, receive, "dispatch")
-        expert_CK, weight_CK = tags_C2K.detach().chunk(2, dim=1)[0].long(), tags_C2K.chunk(2, dim=1)[1]
+        expert_CK, weight_CK = self.exchange(self._tags(placement, copies), send, receive, "dispatch").chunk(2, dim=1)
+        expert_CK = expert_CK.long()
         rows = rows_by_expert(expert_CK, expert_CK < self.num_local, self.num_local, num_rows)
         arrived = replace(routing, expert_TK=expert_CK, weight_TK=weight_CK)
         rows_RD = with_input_weights(x_CD, arrived, rows)

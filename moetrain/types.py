@@ -127,19 +127,47 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Rows that arrived at this rank's experts; a dispatcher subclasses it with what it needs for the way back.
+class RowMap:
+    """Which token stands in which row, both ways.
 
-    rows_RD: rows grouped by local expert, in ascending order of expert.
-    ends_e: int32, where each expert's rows end (cumulative).
-    rows_per_expert: R / e where it is the same for all experts by construction, else None.
-    num_travelled: rows that other ranks have sent for it: none, fewer or more than R; empty slots count.
+    assignment_R: int64, the assignment t*K + k that a row carries, N where the row is empty. row_TK: int64, the row of
+    each assignment, R where it has none (it was dropped). The two are inverse to each other. has_empty: whether any row
+    may be empty (known without looking).
     """
 
-    rows_RD: Tensor
+    assignment_R: Tensor
+    row_TK: Tensor
+    has_empty: bool
+
+    @property
+    def token_R(self) -> Tensor:
+        return self.assignment_R // self.row_TK.shape[1]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most assignments have no row, by shape alone: a token's rows are then looked for among the rows."""
+        return self.row_TK.numel() > 2 * self.assignment_R.numel()
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What arrived for this rank's experts, C copies of tokens, and the experts' rows that they make up.
+
+    x_CD: the copies. rows: from copies to the rows of experts, which are grouped by local expert in ascending order,
+    none of them empty. weight_CK: fp32, what multiplies an expert's part in the sum over a copy; None: nothing, where
+    each copy has one row.
+    ends_e: int32, where each expert's rows end (cumulative). rows_per_expert: R / e where it is the same for all
+    experts by construction, else None. num_travelled: copies that other ranks have sent; empty slots count.
+    weight_on: whether weights multiply what experts give, or what they are given.
+    """
+
+    x_CD: Tensor
+    rows: RowMap
+    weight_CK: Tensor | None
     ends_e: Tensor
     rows_per_expert: int | None
     num_travelled: int
+    weight_on: Literal["output", "input"] = "output"
 
 
 @dataclass(frozen=True)

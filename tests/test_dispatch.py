@@ -17,7 +17,7 @@ from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import Placement, RouterInput, Routing
 from tests.forced import forced
 from tests.ranks import run_ranks
-from tests.tiny import ROUTER, alone, ids, moe_layer, seen, tiny
+from tests.tiny import ROUTER, alone, ids, moe_layer, seen, there_and_back, tiny
 
 TOKENS = 24
 ROUTINGS = ["random", "all_to_one", "all_to_last_rank", "one_rank_silent", "nothing_kept"]
@@ -135,8 +135,8 @@ def test_zero_tokens() -> None:
         if dispatch == "padded":
             continue
         layer, nothing, replay = moe_layer(tiny(dispatch=dispatch)), torch.zeros(0, 16), Replay()
-        sent = layer.dispatcher(nothing, layer.capacity(layer.router(seen(nothing), replay), 1, replay))
-        out = layer.dispatcher.combine(layer.experts(sent), sent)
+        placement = layer.capacity(layer.router(seen(nothing), replay), 1, replay)
+        (out,) = there_and_back(layer.dispatcher, nothing, placement, layer.experts).home
         out.sum().backward()
         assert out.shape == (0, 16)
         assert layer.experts.down.grad is not None

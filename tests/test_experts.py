@@ -13,7 +13,7 @@ from moetrain.config import ExpertsConfig
 from moetrain.engine.base import parameter_groups
 from moetrain.models.counts import size_report
 from moetrain.models.decoder import Decoder
-from moetrain.moe.experts import Experts
+from moetrain.moe.experts import Experts, one_row_each
 from moetrain.moe.replay import Replay
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import make_kernels
@@ -77,7 +77,8 @@ def test_experts_equal_their_formula_in_value_and_gradient(case: dict[str, Any],
             torch.nn.init.normal_(parameter)
     x_RD = torch.randn(sum(sizes), DIM, requires_grad=True)
     static = sizes[0] if len(set(sizes)) == 1 and sizes[0] else None
-    sent = Dispatched(x_RD, torch.tensor(sizes).cumsum(0).to(torch.int32), static, 0)
+    ends_e = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    sent = Dispatched(x_RD, one_row_each(x_RD), None, ends_e, static, 0)
     wanted = torch.cat([plain(config, experts, e, part) for e, part in enumerate(x_RD.split(sizes))])
     inputs = [x_RD, *experts.parameters()]
     probe = torch.linspace(-1, 1, DIM)

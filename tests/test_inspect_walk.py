@@ -22,7 +22,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.types import ConfigError, Placement, Routing
 from tests.catalog import tiny_with
-from tests.tiny import moe_layer, seen
+from tests.tiny import moe_layer, seen, there_and_back
 
 NUM_TOKENS = 12
 WORDS = [f"w{t}" for t in range(NUM_TOKENS)]
@@ -70,8 +70,7 @@ def test_the_walk_is_what_the_layer_does(router: str, changes: dict[str, Any]) -
     torch.testing.assert_close(taken.logits_TE, placement.routing.logits_TE)
     torch.testing.assert_close(taken.kept_weight_TK, placement.routing.weight_TK * placement.kept_TK)
     with torch.no_grad():
-        sent = layer.dispatcher(done.given.x_TD, placement)
-        out_TD = layer.dispatcher.combine(layer.experts(sent), sent)
+        (out_TD,) = there_and_back(layer.dispatcher, done.given.x_TD, placement, layer.experts).home
     torch.testing.assert_close(taken.out_TD, out_TD)
 
 

@@ -10,17 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moetrain.ops.grouped_mm import experts_plain, grouped_swiglu
+from moetrain.moe.experts import one_row_each
+from moetrain.ops.grouped_swiglu import experts_plain, grouped_swiglu
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import fastest_gemm, has_onednn, make_kernels
 from moetrain.ops.permute import (
-    RowMap,
     rows_of_tokens,
     rows_of_tokens_plain,
     tokens_of_rows,
     tokens_of_rows_plain,
 )
 from moetrain.ops.slots import count_by_choice, count_experts, queue_positions, queue_positions_by_cumsum
+from moetrain.types import RowMap
 
 CPU = torch.device("cpu")
 
@@ -162,27 +163,40 @@ def test_trap22_combine_weighs_and_sums_in_fp32() -> None:
     assert not torch.equal(in_bf16, exact.to(torch.bfloat16))
 
 
+def rows_of_copies(sizes: list[int]) -> RowMap:
+    """Seven copies of up to three rows each, of which some have none."""
+    generator = torch.Generator().manual_seed(2)
+    num_rows, num = sum(sizes), 7 * 3
+    assignment_R = torch.randperm(num, generator=generator)[:num_rows]
+    row_N = torch.full((num,), num_rows).scatter_(0, assignment_R, torch.arange(num_rows))
+    return RowMap(assignment_R, row_N.view(7, 3), has_empty=False)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("kind", ["grouped", "torch", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0], [4, 4, 4, 4]])
 def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
-    sizes: list[int], dtype: torch.dtype, kind: str
+    sizes: list[int], dtype: torch.dtype, kind: str, weighted: bool
 ) -> None:
     ends_e = torch.tensor(sizes).cumsum(0).to(torch.int32)
     static = sizes[0] if len(set(sizes)) == 1 and sizes[0] else None
     results = []
     for reference in (False, True):
         torch.manual_seed(1)
-        rows_RD = torch.randn(sum(sizes), 8).to(dtype).requires_grad_()
+        rows = rows_of_copies(sizes) if weighted else one_row_each(torch.zeros(sum(sizes), 1))
+        weight_CK = torch.rand(rows.row_TK.shape, requires_grad=True) if weighted else None
+        x_CD = torch.randn(rows.row_TK.shape[0], 8).to(dtype).requires_grad_()
         gate_up_eFD, down_eDF = (torch.randn(4, *s).to(dtype).requires_grad_() for s in ((32, 8), (8, 16)))
         if reference:
-            out = experts_plain(rows_RD, gate_up_eFD, down_eDF, ends_e)
+            out = experts_plain(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e)
         elif kind == "grouped":
-            out = grouped_swiglu(rows_RD, gate_up_eFD, down_eDF, ends_e, static)
+            out = grouped_swiglu(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
         else:
-            out = make_kernels(CPU, kind).experts(rows_RD, gate_up_eFD, down_eDF, ends_e, static)
+            out = make_kernels(CPU, kind).experts(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
         (out.float() * torch.linspace(0, 1, 8)).sum().backward()
-        results.append([out, rows_RD.grad, gate_up_eFD.grad, down_eDF.grad])
+        results.append([out, x_CD.grad, gate_up_eFD.grad, down_eDF.grad])
+        results[-1] += [] if weight_CK is None else [weight_CK.grad]
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     for ours, plain in zip(*results, strict=True):
         assert (ours - plain).float().norm() <= tolerance * plain.float().norm()

@@ -24,14 +24,14 @@ from moetrain.moe.dispatch.alltoall import expert_major
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.monitor.balance import summarise
-from moetrain.ops.grouped_mm import grouped_swiglu
+from moetrain.ops.grouped_swiglu import grouped_swiglu
 from moetrain.ops.kernels import Kernels
 from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import LoadCounts
 from tests.catalog import ROUTERS, tiny_with
 from tests.ranks import run_ranks
-from tests.tiny import ids, moe_layer, seen, tiny
+from tests.tiny import ids, moe_layer, seen, there_and_back, tiny
 
 CPU = torch.device("cpu")
 
@@ -71,8 +71,8 @@ def test_trap24_host_reads_of_a_dispatch(
         placement = layer.capacity(routing, 2, Replay())
         layer.load.record(placement)
         layer.balance(routing, 2, layer.load.pending_2E[0])
-        sent = layer.dispatcher(x_TD, placement)
-        layer.dispatcher.combine(sent.rows_RD, sent).sum().backward()
+        (home_TD,) = there_and_back(layer.dispatcher, x_TD, placement, lambda sent: sent.x_CD * 1.0).home
+        home_TD.sum().backward()
     assert hidden.seen == []
     assert len(lists) == reads
 
@@ -119,7 +119,7 @@ def test_trap24_host_reads_of_a_whole_layer(name: str, training: bool, monkeypat
         pytest.skip("an auction lasts as long as somebody bids")
     layer, lists = moe_layer(tiny_with(name, capacity__factor_train=1.0, capacity__factor_eval=1.0)), []
     layer.train(training)
-    monkeypatch.setattr(layer.experts, "forward", lambda sent: sent.rows_RD)
+    monkeypatch.setattr(layer.experts, "forward", lambda sent: sent.x_CD * 1.0)
     plain = torch.Tensor.tolist
 
     def tolist(self: torch.Tensor) -> Any:
@@ -146,7 +146,7 @@ def test_trap27_rows_that_come_rank_by_rank_are_grouped_by_expert(ranks: int, ex
     """On random count matrices, zeros included: expert by expert, and within an expert rank by rank."""
     counts_Ge = torch.randint(0, 4, (ranks, experts), generator=torch.Generator().manual_seed(seed))
     arrived = [(e, g, i) for g in range(ranks) for e in range(experts) for i in range(int(counts_Ge[g, e]))]
-    order_R = expert_major(counts_Ge, len(arrived))
+    order_R = expert_major(counts_Ge, len(arrived)).assignment_R
     assert [arrived[i] for i in order_R.tolist()] == sorted(arrived)
 
 
@@ -176,7 +176,8 @@ def test_trap19_capacity_follows_from_the_configuration_alone() -> None:
     shapes = set()
     for scale in (0.0, 1.0, 100.0):
         placement = layer.capacity(layer.router(seen(torch.randn(24, 16) * scale), Replay()), 1, Replay())
-        shapes.add((placement.capacity, layer.dispatcher(torch.randn(24, 16), placement).rows_RD.shape))
+        done = there_and_back(layer.dispatcher, torch.randn(24, 16), placement, layer.experts)
+        shapes.add((placement.capacity, done.arrived[0].x_CD.shape))
     assert shapes == {(slots_per_expert(24, 2, 8, 1.0, 4), torch.Size([8 * 6, 16]))}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from moetrain.compose import conf_folder
 from moetrain.config import Config
+from moetrain.moe.dispatch.base import Dispatcher
+from moetrain.moe.journey import Travelled, set_out, travel
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.parts import parameters
-from moetrain.types import Batch, RouterInput, RouterSite
+from moetrain.types import Batch, Dispatched, Placement, RouterInput, RouterSite
 
 VOCAB = 64
 ROUTER = {
@@ -108,6 +111,13 @@ def tokens(num_sequences: int, context: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     window = torch.randint(0, VOCAB, (num_sequences, context + 1), generator=generator)
     return Batch(window[:, :-1], window[:, 1:])
+
+
+def there_and_back(
+    dispatcher: Dispatcher, x_TD: Tensor, placement: Placement, experts: Callable[[Dispatched], Tensor]
+) -> Travelled:
+    """A round trip with nothing done aside."""
+    return travel(set_out(dispatcher, x_TD, placement), experts, lambda: None)
 
 
 def part_of(batch: Batch, start: int, stop: int) -> Batch:

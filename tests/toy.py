@@ -26,7 +26,7 @@ from moetrain.config import (
     RunConfig,
     TrainConfig,
 )
-from moetrain.parallel.collectives import all_to_all_rows
+from moetrain.parallel.exchange import Route, all_to_all_rows
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import Batch, LossTerms, ModelOutput, MoEOutput, Routing
 
@@ -114,9 +114,9 @@ class ToyMoE(nn.Module):
         weight_TE = torch.zeros_like(routing.logits_TE).scatter(-1, routing.expert_TK, routing.weight_TK).to(x_TD.dtype)
         weight_Re = torch.cat(weight_TE.chunk(groups, dim=-1))
         sent_RX = torch.cat([x_TD.repeat(groups, 1), weight_Re], dim=-1)
-        got_RX = all_to_all_rows(sent_RX, None, None, self.mesh.ep_group)
+        got_RX = all_to_all_rows(sent_RX, Route(None, None, self.mesh.ep_group))
         y_RD = self.experts(RowsForExperts(got_RX[:, :DIM], got_RX[:, DIM:]))
-        back_RD = all_to_all_rows(y_RD.contiguous(), None, None, self.mesh.ep_group)
+        back_RD = all_to_all_rows(y_RD, Route(None, None, self.mesh.ep_group))
         out_TD = back_RD.view(groups, *x_TD.shape).sum(0)
         balance = NUM_EXPERTS * routing.probs_TE.square().sum(-1).mean()
         z = routing.logits_TE.logsumexp(-1).square().mean()

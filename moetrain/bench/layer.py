@@ -24,7 +24,7 @@ from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
-from moetrain.ops.grouped_mm import grouped_swiglu
+from moetrain.ops.grouped_swiglu import grouped_swiglu
 from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.collectives import broadcast_text
@@ -123,7 +123,7 @@ def _dispatchers(case: LayerCase, config: Config, gemm: str) -> tuple[list[Conte
 
 class _Echo(nn.Module):
     def forward(self, sent: Dispatched) -> Tensor:
-        return sent.rows_RD * 1.0
+        return sent.x_CD * 1.0
 
 
 def _case(config: Config, mesh: Mesh, routing: Routing) -> LayerCase:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear, one_hot
 
 from moetrain.inspect.observe import Seen
 from moetrain.moe.capacity import renormalised
-from moetrain.moe.experts import Experts
+from moetrain.moe.experts import Experts, one_row_each
 from moetrain.moe.routers import scoring
 from moetrain.moe.routers.token_choice import TokenChoiceRouter
 from moetrain.ops.slots import queue_positions_by_cumsum
@@ -143,6 +143,9 @@ def _there_and_back(
     there_TEC, back_TEC = (weight_TEC, held_TEC.float()) if on_input else (held_TEC.float(), weight_TEC)
     sent_ECD = torch.einsum("tec,td->ecd", there_TEC, x_TD)
     num_experts, slots, _ = sent_ECD.shape
-    ends_e = torch.arange(1, num_experts + 1, dtype=torch.int32, device=x_TD.device) * slots
-    back_ECD = experts(Dispatched(sent_ECD.flatten(0, 1), ends_e, slots, 0)).view_as(sent_ECD)
+    ends_e, sent_RD = (
+        torch.arange(1, num_experts + 1, dtype=torch.int32, device=x_TD.device) * slots,
+        sent_ECD.flatten(0, 1),
+    )
+    back_ECD = experts(Dispatched(sent_RD, one_row_each(sent_RD), None, ends_e, slots, 0)).view_as(sent_ECD)
     return back_ECD, torch.einsum("tec,ecd->td", back_TEC, back_ECD)

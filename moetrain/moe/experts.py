@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,8 @@ from moetrain.ops.activations import Activation
 from moetrain.ops.grouped_mm import add_grouped, grouped_linear
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import Kernels
-from moetrain.types import Dispatched
+from moetrain.ops.permute import rows_of_tokens, tokens_of_rows, weights_of_rows
+from moetrain.types import Dispatched, RowMap
 
 
 def activation_of(config: ExpertsConfig) -> Activation:
@@ -23,8 +26,8 @@ class Experts(nn.Module):
 
     Without a gate the first weight is up [e, F, D]. With biases, also gate_up_bias [e, 2F] (up_bias [e, F]) and
     down_bias [e, D], which the combine weight multiplies like the rest of what the expert gives. It knows nothing of
-    ranks: rows come grouped by expert and leave in the same order. Stacked weights always take part in backward, so an
-    expert without rows has zero gradients, never None.
+    ranks: copies of tokens come, and their weighted sums leave in the same order. Stacked weights always take part in
+    backward, so an expert without rows has zero gradients, never None.
     """
 
     def __init__(
@@ -54,15 +57,32 @@ class Experts(nn.Module):
         draw.experts_(self.down, "down", std_out, self.first_expert)
 
     def forward(self, sent: Dispatched) -> Tensor:
-        """rows_RD -> [R, D]."""
+        """For each copy that arrived, the weighted sum of what its experts make of it, [C, D]."""
+        if sent.weight_on == "output":
+            return self._sums(sent)
+        assert sent.weight_CK is not None
+        rows, weight_R = sent.rows, weights_of_rows(sent.weight_CK, sent.rows)
+        rows_RD = (rows_of_tokens(sent.x_CD, rows) * weight_R.unsqueeze(1)).to(sent.x_CD.dtype)
+        one_each = replace(sent, x_CD=rows_RD, rows=one_row_each(rows_RD), weight_CK=None)
+        return tokens_of_rows(self._sums(one_each), None, rows)
+
+    def _sums(self, sent: Dispatched) -> Tensor:
         first, groups = getattr(self, self.first_name), (sent.ends_e, sent.rows_per_expert)
         if self.activation == Activation("swiglu") and not self.has_bias:
-            return self.kernels.experts(sent.rows_RD, first, self.down, *groups)
-        hidden_RF = grouped_linear(sent.rows_RD, first, *groups)
-        if not self.has_bias:
-            return grouped_linear(self.activation(hidden_RF), self.down, *groups)
-        hidden_RF = add_grouped(hidden_RF, getattr(self, f"{self.first_name}_bias"), *groups)
-        return add_grouped(grouped_linear(self.activation(hidden_RF), self.down, *groups), self.down_bias, *groups)
+            return self.kernels.experts(sent.x_CD, sent.weight_CK, sent.rows, first, self.down, *groups)
+        hidden_RF = grouped_linear(rows_of_tokens(sent.x_CD, sent.rows), first, *groups)
+        if self.has_bias:
+            hidden_RF = add_grouped(hidden_RF, getattr(self, f"{self.first_name}_bias"), *groups)
+        y_RD = grouped_linear(self.activation(hidden_RF), self.down, *groups)
+        if self.has_bias:
+            y_RD = add_grouped(y_RD, self.down_bias, *groups)
+        return tokens_of_rows(y_RD, sent.weight_CK, sent.rows)
+
+
+def one_row_each(x_RD: Tensor) -> RowMap:
+    """The map under which each token is its own row."""
+    row_R = torch.arange(x_RD.shape[0], device=x_RD.device)
+    return RowMap(row_R, row_R.unsqueeze(1), has_empty=False)
 
 
 class FeedForward(nn.Module):

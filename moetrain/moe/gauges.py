@@ -6,6 +6,8 @@ in one place (moetrain/monitor/window.py). Recorded in training forwards only, c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ class LayerGauges:
         self._pending: Gauges | None = None
 
     @torch.no_grad()
-    def record(self, placement: Placement, sent: Dispatched, num_sequences: int) -> None:
-        """Assign the sums of this micro-batch."""
+    def record(self, placement: Placement, arrived: Sequence[Dispatched], num_sequences: int) -> None:
+        """Assign the sums of this micro-batch. arrived: all parts of what this rank's experts got."""
         routing = placement.routing
         valid_TK = torch.ones_like(placement.kept_TK) if routing.valid_TK is None else routing.valid_TK
         both_2TK = torch.stack([valid_TK, placement.kept_TK]).to(torch.int64)
@@ -32,8 +34,8 @@ class LayerGauges:
         self._latest = Gauges(
             choice_2K=both_2TK.sum(1),
             position_2P=_by_position(both_2TK.sum(2), num_sequences),
-            received=sent.ends_e[-1].to(torch.int64),
-            travelled=torch.full_like(sent.ends_e[-1], sent.num_travelled, dtype=torch.int64),
+            received=torch.stack([sent.ends_e[-1] for sent in arrived]).sum(),
+            travelled=both_2TK.new_full((), sum(sent.num_travelled for sent in arrived)),
             tokens=probs_TE.new_full((), probs_TE.shape[0], dtype=torch.float64),
             entropy=torch.special.entr(probs_TE).sum(dtype=torch.float64),
             confidence=probs_TE.amax(-1).sum(dtype=torch.float64),

@@ -17,6 +17,7 @@ from moetrain.moe.contract import break_of_contract
 from moetrain.moe.domains import DomainLoad
 from moetrain.moe.experts import Experts
 from moetrain.moe.gauges import LayerGauges
+from moetrain.moe.journey import set_out, travel
 from moetrain.moe.load import ExpertLoad
 from moetrain.moe.replay import Replay
 from moetrain.moe.routers.base import Router
@@ -26,7 +27,7 @@ from moetrain.ops.kernels import Kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
 from moetrain.parts import build
-from moetrain.types import MoEOutput, RouterInput, RouterSite, Routing
+from moetrain.types import Dispatched, LossTerms, MoEOutput, Placement, RouterInput, RouterSite, Routing
 
 
 class MoELayer(nn.Module):
@@ -71,23 +72,40 @@ class MoELayer(nn.Module):
         chosen = self.router(RouterInput(x_TD, tokens_BS), replay)
         self._judge(chosen)
         placement = self.capacity(chosen, num_sequences, replay)
-        routing = placement.routing
+        trips = set_out(self.dispatcher, through(x_TD, "route", "dispatch"), placement)
+        self.timeline.mark("route")
+        losses = self._observe(placement, num_sequences, domain_BS)
+        self.timeline.mark("dispatch")
+        done = travel(trips, self._work, lambda: self._aside(x_TD))
+        if self.training:
+            self.gauges.record(placement, done.arrived, num_sequences)
+        out_TD = through(self.dispatcher.join(done.home), "combine", "rest")
+        if (identity_T := placement.routing.identity_T) is not None:
+            out_TD = out_TD + (identity_T.unsqueeze(1) * x_TD).to(x_TD.dtype)
+        if self.shared is not None:
+            assert done.aside is not None
+            out_TD = self.shared.join(out_TD, done.aside)
+        return MoEOutput(out_TD, losses)
+
+    def _observe(self, placement: Placement, num_sequences: int, domain_BS: Tensor | None) -> LossTerms:
+        """Count, and judge, what was routed."""
         if self.training:
             self.load.record(placement)
             if self.domains is not None:
-                self.domains.record(routing, domain_BS)
-        losses = self.balance(routing, num_sequences, self.load.pending_2E[0])
-        sent = self.dispatcher(through(x_TD, "route", "dispatch"), placement)
-        if self.training:
-            self.gauges.record(placement, sent, num_sequences)
-        sent = replace(sent, rows_RD=through(sent.rows_RD, "dispatch", "experts"))
-        rows_RD = through(self.experts(sent), "experts", "combine")
-        out_TD = through(self.dispatcher.combine(rows_RD, sent), "combine", "rest")
-        if routing.identity_T is not None:
-            out_TD = out_TD + (routing.identity_T.unsqueeze(1) * x_TD).to(x_TD.dtype)
-        if self.shared is not None:
-            out_TD = self.shared.join(out_TD, x_TD)
-        return MoEOutput(out_TD, losses)
+                self.domains.record(placement.routing, domain_BS)
+        return self.balance(placement.routing, num_sequences, self.load.pending_2E[0])
+
+    def _work(self, sent: Dispatched) -> Tensor:
+        """The experts' part of a trip."""
+        sent = replace(sent, x_CD=self.timeline.through(sent.x_CD, "dispatch", "experts"))
+        return self.timeline.through(self.experts(sent), "experts", "combine")
+
+    def _aside(self, x_TD: Tensor) -> Tensor | None:
+        """What is done while tokens travel."""
+        if self.shared is None:
+            return None
+        through = self.timeline.through
+        return through(self.shared(through(x_TD, "dispatch", "rest")), "rest", "dispatch")
 
     def _judge(self, routing: Routing) -> None:
         """The first routing of some tokens, once: a router of one's own may break its contract. Raises ValueError."""

@@ -31,10 +31,14 @@ class SharedExperts(FeedForward):
         if self.mode == "gated":
             draw.normal_(self.shared_gate, "shared_gate", std)
 
-    def join(self, routed_TD: Tensor, x_TD: Tensor) -> Tensor:
-        """What the routed experts gave for x_TD -> that and the shared part, [T, D]."""
-        shared_TD = self(x_TD)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """The shared part, [T, D]."""
+        shared_TD = super().forward(x_TD)
         if self.mode == "gated":
-            shared_TD = torch.sigmoid(torch.nn.functional.linear(x_TD, self.shared_gate)) * shared_TD
+            return torch.sigmoid(torch.nn.functional.linear(x_TD, self.shared_gate)) * shared_TD
+        return shared_TD
+
+    def join(self, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
+        """What the routed experts gave and the shared part, as one."""
         joined_TD = routed_TD + shared_TD
         return joined_TD / 2 if self.mode == "average" else joined_TD

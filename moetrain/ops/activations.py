@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.ops.grouped_mm import swiglu
+from moetrain.ops.swiglu import swiglu
 
 ActivationName = Literal["swiglu", "geglu", "gpt_oss", "relu", "relu2"]
 GPT_OSS_SLOPE = 1.702

@@ -34,22 +34,11 @@ def add_grouped(x_RO: Tensor, bias_eO: Tensor, ends_e: Tensor, rows_per_expert: 
     return x_RO + is_of_Re.to(bias_eO.dtype) @ bias_eO
 
 
-def grouped_swiglu(
-    rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor, rows_per_expert: int | None
-) -> Tensor:
-    """``down_e (silu(gate_e x) * up_e x)`` for rows grouped by expert -> [R, D]; no host synchronisation."""
-    hidden_RF = swiglu(grouped_linear(rows_RD, gate_up_eFD, ends_e, rows_per_expert))
-    return grouped_linear(hidden_RF, down_eDF, ends_e, rows_per_expert)
-
-
-def swiglu(gate_up_RF: Tensor) -> Tensor:
-    """[R, 2F] with the gate in the first half -> [R, F] (Shazeer 2020)."""
-    gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate_RF) * up_RF
-
-
-def experts_plain(rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor) -> Tensor:
-    """The reference of every implementation: a loop over experts, left to autograd."""
-    sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
-    blocks = zip(rows_RD.split(sizes), gate_up_eFD.unbind(0), down_eDF.unbind(0), strict=True)
-    return torch.cat([swiglu(x_RD @ gate_up.t()) @ down.t() for x_RD, gate_up, down in blocks])
+def grouped_outer(grad_RO: Tensor, x_RI: Tensor, ends_e: Tensor, rows_per_expert: int | None) -> Tensor:
+    """[R, O] x [R, I] -> [e, O, I], the gradient of the weights of ``grouped_linear``: sums over an expert's rows, zero
+    where it has none.
+    """
+    if rows_per_expert is None:
+        return torch.nn.functional.grouped_mm(grad_RO.t(), x_RI, offs=ends_e)
+    shape = ends_e.shape[0], rows_per_expert
+    return torch.bmm(grad_RO.view(*shape, -1).transpose(1, 2), x_RI.view(*shape, -1))

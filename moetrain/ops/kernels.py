@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moetrain.ops.grouped_mm import grouped_swiglu
+from moetrain.ops.grouped_swiglu import grouped_swiglu
 from moetrain.ops.loop_swiglu import loop_swiglu, weight_gradient
+from moetrain.types import RowMap
 
 GemmName = Literal["torch", "onednn"]
 PROBE_SIZE, PROBE_ROUNDS, CLEAR_GAIN = 512, 5, 1.15
@@ -25,13 +26,13 @@ Gemm = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """linear: [..., I] x [O, I] -> [..., O]. experts: (rows_RD, gate_up_eFD, down_eDF, ends_e, rows_per_expert) ->
-    [R, D].
+    """linear: [..., I] x [O, I] -> [..., O]. experts: SwiGLU on what arrived, (x_CD, weight_CK, rows, gate_up_eFD, down_eDF,
+    ends_e, rows_per_expert) -> [C, D], as ``experts_plain``.
     """
 
     gemm_name: GemmName
     linear: Callable[[Tensor, Tensor], Tensor]
-    experts: Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
+    experts: Callable[[Tensor, Tensor | None, RowMap, Tensor, Tensor, Tensor, int | None], Tensor]
 
 
 def make_kernels(device: torch.device, gemm_name: GemmName) -> Kernels:

@@ -1,7 +1,8 @@
 """SwiGLU experts one after the other, with a backward of its own: for a CPU, where a launch costs nothing.
 
-It keeps the rows and the first product, recomputes the activation, and writes each expert's weight gradient into its
-slice. (Indexing a stacked parameter under autograd would make one full-size zero per expert.)
+It keeps the tokens and the first product, takes rows from tokens again, recomputes the activation, and writes each
+expert's weight gradient into its slice. (Indexing a stacked parameter under autograd would make one full-size zero per
+expert.)
 """
 
 from __future__ import annotations
@@ -12,49 +13,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.ops.permute import of_assignments, plain_sum, weighted_sum, weights_of_rows
+from moetrain.ops.swiglu import swiglu, swiglu_backward
+from moetrain.types import RowMap
+
 Gemm = Callable[[Tensor, Tensor], Tensor]
 
 
 def loop_swiglu(
-    gemm: Gemm, rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor, rows_per_expert: int | None
+    gemm: Gemm,
+    x_CD: Tensor,
+    weight_CK: Tensor | None,
+    rows: RowMap,
+    gate_up_eFD: Tensor,
+    down_eDF: Tensor,
+    ends_e: Tensor,
+    rows_per_expert: int | None,
 ) -> Tensor:
-    """``down_e (silu(gate_e x) * up_e x)`` for rows grouped by expert -> [R, D]; ``gemm(a, b)`` is ``a b^T``."""
-    num_experts = gate_up_eFD.shape[0]
+    """What ``experts_plain`` gives, [C, D]; ``gemm(a, b)`` is ``a b^T``."""
     if rows_per_expert is None:
         sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
     else:
-        sizes = [rows_per_expert] * num_experts
-    out: Tensor = _LoopSwiglu.apply(gemm, sizes, rows_RD, gate_up_eFD, down_eDF)
+        sizes = [rows_per_expert] * gate_up_eFD.shape[0]
+    out: Tensor = _LoopSwiglu.apply(gemm, sizes, rows, x_CD, weight_CK, gate_up_eFD, down_eDF)
     return out
 
 
 class _LoopSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gemm: Gemm, sizes: list[int], rows_RD: Tensor, gate_up_eFD: Tensor, down_eDF: Tensor
+        ctx: Any,
+        gemm: Gemm,
+        sizes: list[int],
+        rows: RowMap,
+        x_CD: Tensor,
+        weight_CK: Tensor | None,
+        gate_up_eFD: Tensor,
+        down_eDF: Tensor,
     ) -> Tensor:
-        out_RD, hidden = torch.empty_like(rows_RD), []
-        blocks = zip(rows_RD.split(sizes), out_RD.split(sizes), gate_up_eFD, down_eDF, strict=True)
-        for x_RD, y_RD, gate_up_FD, down_DF in blocks:
-            h_RF = gemm(x_RD, gate_up_FD)
-            gate_RF, up_RF = h_RF.chunk(2, dim=-1)
-            y_RD.copy_(gemm(torch.nn.functional.silu(gate_RF).mul_(up_RF), down_DF))
+        token_R, hidden = rows.token_R, []
+        y_RD = x_CD.new_empty(token_R.shape[0], x_CD.shape[1])
+        blocks = zip(token_R.split(sizes), y_RD.split(sizes), gate_up_eFD, down_eDF, strict=True)
+        for of_R, out_RD, gate_up_FD, down_DF in blocks:
+            h_RF = gemm(x_CD.index_select(0, of_R), gate_up_FD)
+            out_RD.copy_(gemm(swiglu(h_RF), down_DF))
             hidden.append(h_RF)
-        ctx.gemm, ctx.sizes = gemm, sizes
-        ctx.save_for_backward(rows_RD, gate_up_eFD, down_eDF, *hidden)
-        return out_RD
+        ctx.gemm, ctx.sizes, ctx.rows = gemm, sizes, rows
+        ctx.save_for_backward(x_CD, weight_CK, gate_up_eFD, down_eDF, *hidden)
+        return plain_sum(y_RD, rows) if weight_CK is None else weighted_sum(y_RD, weight_CK, rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
-        rows_RD, gate_up_eFD, down_eDF, *hidden = ctx.saved_tensors
-        grad_rows, grad_gate_up, grad_down = (torch.empty_like(t) for t in (rows_RD, gate_up_eFD, down_eDF))
-        blocks = zip(rows_RD.split(ctx.sizes), grads[0].contiguous().split(ctx.sizes), hidden, strict=True)
-        for e, ((x_RD, dy_RD, h_RF), dx_RD) in enumerate(zip(blocks, grad_rows.split(ctx.sizes), strict=True)):
-            act_RF, dh_RF = _through_activation(h_RF, ctx.gemm(dy_RD, down_eDF[e].t()))
-            grad_down[e] = weight_gradient(ctx.gemm, dy_RD, act_RF)
-            grad_gate_up[e] = weight_gradient(ctx.gemm, dh_RF, x_RD)
-            dx_RD.copy_(ctx.gemm(dh_RF, gate_up_eFD[e].t()))
-        return None, None, grad_rows, grad_gate_up, grad_down
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_CD, weight_CK, gate_up_eFD, down_eDF, *hidden = ctx.saved_tensors
+        gemm, sizes, rows = ctx.gemm, ctx.sizes, ctx.rows
+        token_R, grad_gate_up, grad_down = rows.token_R, torch.empty_like(gate_up_eFD), torch.empty_like(down_eDF)
+        grad_RD = x_CD.new_empty(token_R.shape[0], x_CD.shape[1])
+        weight_R = None if weight_CK is None else weights_of_rows(weight_CK, rows)
+        weights = [None] * len(sizes) if weight_R is None else weight_R.split(sizes)
+        dots = []
+        for e, (of_R, dx_RD) in enumerate(zip(token_R.split(sizes), grad_RD.split(sizes), strict=True)):
+            dy_RD = grads[0].index_select(0, of_R)
+            da_RF = gemm(dy_RD, down_eDF[e].t())
+            act_RF, dh_RF, dot_R = swiglu_backward(hidden[e], da_RF, weights[e])
+            grad_down[e] = weight_gradient(gemm, dy_RD, act_RF)
+            grad_gate_up[e] = weight_gradient(gemm, dh_RF, x_CD.index_select(0, of_R))
+            dx_RD.copy_(gemm(dh_RF, gate_up_eFD[e].t()))
+            dots += [] if dot_R is None else [dot_R]
+        grad_weight_CK = of_assignments(torch.cat(dots), rows) if dots else None
+        return None, None, None, plain_sum(grad_RD, rows), grad_weight_CK, grad_gate_up, grad_down
 
 
 def weight_gradient(gemm: Gemm, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
@@ -64,14 +90,3 @@ def weight_gradient(gemm: Gemm, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
     if grad_RO.shape[1] > x_RI.shape[1]:
         return gemm(x_RI.t(), grad_RO.t()).t()
     return gemm(grad_RO.t(), x_RI.t())
-
-
-def _through_activation(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation [R, F] again, and the gradient of the first product [R, 2F] from that of the activation."""
-    gate_RF, up_RF = h_RF.chunk(2, dim=-1)
-    silu_RF = torch.nn.functional.silu(gate_RF)
-    dh_RF = torch.empty_like(h_RF)
-    dgate_RF, dup_RF = dh_RF.chunk(2, dim=-1)
-    torch.mul(da_RF, silu_RF, out=dup_RF)
-    torch.ops.aten.silu_backward.grad_input(da_RF.mul_(up_RF), gate_RF, grad_input=dgate_RF)
-    return silu_RF.mul_(up_RF), dh_RF

@@ -1,36 +1,18 @@
 """Tokens to expert rows and back: one gather out, one weighted sum home, each the other's backward.
 
-``assignment_R`` names for each row the assignment t*K + k it carries, N where the row is empty. ``row_TK`` names for
-each assignment its row, R where it has none (it was dropped). The two are inverse to each other, so no backward needs
-an atomic scatter-add: both directions are gathers in a fixed order, hence deterministic. Time and memory are O(R D)
-and a few numbers per assignment, also where most assignments have no row (a ragged routing has K = E).
+The two sides of a ``RowMap`` are inverse to each other, so no backward needs an atomic scatter-add: both directions are
+gathers in a fixed order, hence deterministic. Time and memory are O(R D) and a few numbers per assignment, also where
+most assignments have no row (a ragged routing has K = E).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RowMap:
-    """The two inverse index maps, int64. ``has_empty``: whether any row may be empty (known without looking)."""
-
-    assignment_R: Tensor
-    row_TK: Tensor
-    has_empty: bool
-
-    @property
-    def token_R(self) -> Tensor:
-        return self.assignment_R // self.row_TK.shape[1]
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether most assignments have no row, by shape alone: a token's rows are then looked for among the rows."""
-        return self.row_TK.numel() > 2 * self.assignment_R.numel()
+from moetrain.types import RowMap
 
 
 def rows_of_tokens(x_TD: Tensor, rows: RowMap) -> Tensor:
@@ -39,12 +21,13 @@ def rows_of_tokens(x_TD: Tensor, rows: RowMap) -> Tensor:
     return out
 
 
-def tokens_of_rows(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
-    """[R, D] -> [T, D]: each token the weighted sum of its rows; dropped assignments add nothing.
+def tokens_of_rows(y_RD: Tensor, weight_TK: Tensor | None, rows: RowMap) -> Tensor:
+    """[R, D] -> [T, D]: each token the weighted sum of its rows, the plain sum without weights; dropped assignments add
+    nothing.
 
     weight_TK is fp32 and so is the sum, whatever y's dtype; the result has y's dtype.
     """
-    out: Tensor = _Gather.apply(y_RD, weight_TK, rows)
+    out: Tensor = _Sum.apply(y_RD, rows) if weight_TK is None else _Gather.apply(y_RD, weight_TK, rows)
     return out
 
 
@@ -59,12 +42,30 @@ def tokens_of_rows_plain(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tenso
     return (padded.float() * weight_TK.unsqueeze(-1)).sum(1).to(y_RD.dtype)
 
 
-def _take(x_TD: Tensor, token_R: Tensor, has_empty: bool) -> Tensor:
-    source = torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])]) if has_empty else x_TD
-    return source.index_select(0, token_R)
+def take_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """``rows_of_tokens`` outside of autograd."""
+    source = torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])]) if rows.has_empty else x_TD
+    return source.index_select(0, rows.token_R)
 
 
-def _weighted_sum(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+def weights_of_rows(weight_TK: Tensor, rows: RowMap) -> Tensor:
+    """The weight of each row, [R]; of an empty one 0."""
+    weight_N = weight_TK.reshape(-1)
+    return torch.cat([weight_N, weight_N.new_zeros(1)])[rows.assignment_R]
+
+
+def of_assignments(value_R: Tensor, rows: RowMap) -> Tensor:
+    """Each assignment's entry of ``value_R``, [T, K]; 0 where it has no row."""
+    return torch.cat([value_R, value_R.new_zeros(1)])[rows.row_TK]
+
+
+def plain_sum(y_RD: Tensor, rows: RowMap) -> Tensor:
+    """``tokens_of_rows`` without weights, outside of autograd."""
+    return weighted_sum(y_RD, torch.ones(rows.row_TK.shape, device=y_RD.device), rows)
+
+
+def weighted_sum(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+    """``tokens_of_rows`` outside of autograd."""
     (num_rows, dim), row_TK = y_RD.shape, rows.row_TK
     if num_rows == 0:
         return y_RD.new_zeros(row_TK.shape[0], dim)
@@ -96,12 +97,22 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, rows: RowMap) -> Tensor:
         ctx.rows = rows
-        return _take(x_TD, rows.token_R, rows.has_empty)
+        return take_rows(x_TD, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ones_TK = torch.ones(ctx.rows.row_TK.shape, device=grads[0].device)
-        return _weighted_sum(grads[0], ones_TK, ctx.rows), None
+        return plain_sum(grads[0], ctx.rows), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, rows: RowMap) -> Tensor:
+        ctx.rows = rows
+        return plain_sum(y_RD, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return take_rows(grads[0], ctx.rows), None
 
 
 class _Gather(torch.autograd.Function):
@@ -109,14 +120,13 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
         ctx.save_for_backward(y_RD, weight_TK)
         ctx.rows = rows
-        return _weighted_sum(y_RD, weight_TK, rows)
+        return weighted_sum(y_RD, weight_TK, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weight_TK = ctx.saved_tensors
         rows: RowMap = ctx.rows
-        grad_RD = _take(grads[0], rows.token_R, rows.has_empty)
+        grad_RD = take_rows(grads[0], rows)
         dot_R = torch.linalg.vecdot(grad_RD.float(), y_RD.float())
-        grad_weight_TK = torch.cat([dot_R, dot_R.new_zeros(1)])[rows.row_TK]
-        weight_R = torch.cat([weight_TK.reshape(-1), weight_TK.new_zeros(1)])[rows.assignment_R]
-        return (grad_RD * weight_R.unsqueeze(-1)).to(y_RD.dtype), grad_weight_TK, None
+        weight_R = weights_of_rows(weight_TK, rows)
+        return (grad_RD * weight_R.unsqueeze(-1)).to(y_RD.dtype), of_assignments(dot_R, rows), None

@@ -1,41 +1,106 @@
-"""The contract of a dispatcher: tokens out to the experts' ranks, results home; it owns the whole round trip."""
+"""The contract of a dispatcher: tokens out to the experts' ranks, results home; it owns the whole round trip.
+
+A round trip is a generator, so that somebody else can work wherever it would have to wait. Its stops::
+
+    yield                     counts are on their way
+    yield                     they are known (the one place where the host may wait for the device)
+    yield                     tokens are on their way; more such stops may follow
+    sums_CD = yield Dispatched(...)     experts are to work
+    yield                     their results are on their way home; more such stops may follow
+    return out_TD
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moetrain.ops.permute import RowMap, rows_of_tokens
+from moetrain.ops.permute import rows_of_tokens, weights_of_rows
 from moetrain.ops.timeline import Phase, Timeline
-from moetrain.parallel.collectives import all_to_all_rows
+from moetrain.parallel.exchange import Flight, Route, start_rows, wait_rows
 from moetrain.parallel.mesh import Mesh
-from moetrain.types import Dispatched, Placement, Routing
+from moetrain.parallel.wire import Payload
+from moetrain.types import Dispatched, Placement, Routing, RowMap
+
+Trip: TypeAlias = Generator[Dispatched | None, Tensor | None, Tensor]
 
 
-class Dispatcher(nn.Module, ABC):
+class Dispatcher(ABC):
     """Experts are contiguous: rank g of an EP group holds experts g*e ... (g+1)*e - 1."""
 
     def __init__(self, *, num_experts: int, mesh: Mesh, timeline: Timeline) -> None:
-        super().__init__()
         assert num_experts % mesh.ep_size == 0, (num_experts, mesh.ep_size)
         self.num_experts, self.mesh, self.timeline = num_experts, mesh, timeline
         self.num_local = num_experts // mesh.ep_size
 
     @abstractmethod
-    def forward(self, x_TD: Tensor, placement: Placement) -> Dispatched:
-        """Every kept assignment's token as a row at its expert, rows grouped by local expert."""
+    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
+        """Every kept assignment's token to its expert, and the weighted sums [T, D] home; sums are sent in as [C, D]."""
 
-    @abstractmethod
-    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        """The experts' rows, in the order they came -> weighted sums [T, D] on the tokens' own rank."""
+    def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
+        """What travels apart, so that one part is on its way while another is computed; as many parts on every rank."""
+        return [(x_TD, placement)]
 
-    def exchange(self, x_RD: Tensor, send: list[int] | None, receive: list[int] | None, phase: Phase) -> Tensor:
-        """The all-to-all of rows over the EP group, its time told apart from ``phase``, which it interrupts."""
-        x_RD = self.timeline.through(x_RD, phase, "exchange")
-        x_RD = all_to_all_rows(x_RD, send, receive, self.mesh.ep_group)
-        return self.timeline.through(x_RD, "exchange", phase)
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """What came home of those parts, as [T, D]."""
+        return parts[0]
+
+
+class Sharded(Dispatcher):
+    """Over the EP group. payload: how rows look on their way to the experts; what comes back and gradients are at best
+    bf16. chunks: parts of the tokens that travel one after the other.
+    """
+
+    def __init__(
+        self, *, num_experts: int, mesh: Mesh, timeline: Timeline, payload: Payload = "exact", chunks: int = 1
+    ) -> None:
+        super().__init__(num_experts=num_experts, mesh=mesh, timeline=timeline)
+        if chunks < 1:
+            raise ValueError(f"chunks = {chunks}: a trip has one part at least. Fix: chunks=1")
+        self.payload, self.chunks = payload, chunks
+
+    def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
+        return [(x_TD[part], _of_tokens(placement, part)) for part in parts(x_TD.shape[0], self.chunks)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def route(self, send: list[int] | None, receive: list[int] | None) -> Route:
+        """The way out to experts, under ``payload``."""
+        back: Payload = "exact" if self.payload == "exact" else "bf16"
+        return Route(send, receive, self.mesh.ep_group, self.payload, back)
+
+    def home(self, send: list[int] | None, receive: list[int] | None) -> Route:
+        """The way home from experts. send, receive: as on the way out."""
+        way: Payload = "exact" if self.payload == "exact" else "bf16"
+        return Route(receive, send, self.mesh.ep_group, way, way)
+
+    def start(self, x_RD: Tensor, route: Route, phase: Phase) -> Flight:
+        """The all-to-all of rows, its time told apart from ``phase``, which it interrupts."""
+        flight = start_rows(self.timeline.through(x_RD, phase, "exchange"), route)
+        return replace(flight, token_RD=self.timeline.through(flight.token_RD, "exchange", phase))
+
+    def land(self, flight: Flight, phase: Phase) -> Tensor:
+        """Wait for the rows; the time that passes meanwhile belongs to the exchange."""
+        flight = replace(flight, token_RD=self.timeline.through(flight.token_RD, phase, "exchange"))
+        return self.timeline.through(wait_rows(flight), "exchange", phase)
+
+
+def parts(total: int, number: int) -> list[slice]:
+    """``total`` things in ``number`` parts as equal as can be."""
+    return [slice(total * i // number, total * (i + 1) // number) for i in range(number)]
+
+
+def _of_tokens(placement: Placement, part: slice) -> Placement:
+    """What the placement says of some tokens."""
+    routing = placement.routing
+    few = replace(routing, expert_TK=routing.expert_TK[part], weight_TK=routing.weight_TK[part])
+    return replace(placement, routing=few, kept_TK=placement.kept_TK[part], slot_TK=placement.slot_TK[part])
 
 
 def with_input_weights(x_TD: Tensor, routing: Routing, rows: RowMap) -> Tensor:
@@ -43,11 +108,9 @@ def with_input_weights(x_TD: Tensor, routing: Routing, rows: RowMap) -> Tensor:
     rows_RD = rows_of_tokens(x_TD, rows)
     if routing.weight_on == "output":
         return rows_RD
-    weight_N = routing.weight_TK.reshape(-1)
-    weight_R = torch.cat([weight_N, weight_N.new_zeros(1)])[rows.assignment_R]
-    return (rows_RD * weight_R.unsqueeze(1)).to(x_TD.dtype)
+    return (rows_RD * weights_of_rows(routing.weight_TK, rows).unsqueeze(1)).to(x_TD.dtype)
 
 
-def output_weights(routing: Routing) -> Tensor:
-    """What multiplies the experts' results, fp32 [T, K]."""
-    return routing.weight_TK if routing.weight_on == "output" else torch.ones_like(routing.weight_TK)
+def output_weights(routing: Routing) -> Tensor | None:
+    """What multiplies the experts' results, fp32 [T, K]; None: nothing."""
+    return routing.weight_TK if routing.weight_on == "output" else None

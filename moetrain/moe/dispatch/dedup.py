@@ -7,63 +7,55 @@ the experts are; their gradients come home the same way (DeepEP, DeepSeek 2025, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher, output_weights, with_input_weights
+from moetrain.moe.dispatch.base import Sharded, Trip
 from moetrain.moe.dispatch.local import rows_by_expert
-from moetrain.ops.permute import RowMap, rows_of_tokens, tokens_of_rows
+from moetrain.ops.permute import rows_of_tokens, tokens_of_rows
 from moetrain.ops.slots import count_experts
-from moetrain.parallel.collectives import exchange_counts
-from moetrain.types import Dispatched, Placement
+from moetrain.parallel.exchange import start_counts
+from moetrain.types import Dispatched, Placement, RowMap
 
 
-@dataclass(frozen=True)
-class DedupDispatched(Dispatched):
-    """weight_CK: of the copies that arrived here, fp32. rows: from those copies to the experts' rows. copies: from this
-    rank's tokens to the copies that it sent. send, receive: copies to and from each rank.
-    """
-
-    weight_CK: Tensor
-    rows: RowMap
-    copies: RowMap
-    send: list[int]
-    receive: list[int]
-
-
-class DedupDispatcher(Dispatcher):
+class DedupDispatcher(Sharded):
     """Dropless, or under a capacity. One host read, of how many copies and rows there are."""
 
-    def forward(self, x_TD: Tensor, placement: Placement) -> DedupDispatched:
+    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
         routing, num_ranks = placement.routing, self.mesh.ep_size
-        rank_TK = (routing.expert_TK // self.num_local).masked_fill(~placement.kept_TK, num_ranks)
-        reaches_TG = x_TD.new_zeros(x_TD.shape[0], num_ranks + 1, dtype=torch.bool).scatter_(1, rank_TK, True)
-        reaches_TG = reaches_TG[:, :num_ranks]
+        reaches_TG = self._reaches(placement)
         counts_E = count_experts(routing.expert_TK, self.num_experts, placement.kept_TK)
         to_Gx = torch.cat([counts_E.view(num_ranks, self.num_local), reaches_TG.sum(0).unsqueeze(1)], dim=1)
-        from_Gx = exchange_counts(to_Gx, self.mesh.ep_group)
+        counted = start_counts(to_Gx, self.mesh.ep_group)
+        yield None
+        from_Gx = counted.wait()
         from_Ge = from_Gx[:, :-1]
         *numbers, num_rows = torch.cat([to_Gx[:, -1], from_Gx[:, -1], from_Ge.sum().unsqueeze(0)]).tolist()
         send, receive = numbers[:num_ranks], numbers[num_ranks:]
-        copies = copies_by_rank(reaches_TG, sum(send))
-        x_CD = self.exchange(rows_of_tokens(x_TD, copies), send, receive, "dispatch")
-        expert_CK, weight_CK = self.exchange(self._tags(placement, copies), send, receive, "dispatch").chunk(2, dim=1)
+        yield None
+        copies, route = copies_by_rank(reaches_TG, sum(send)), self.route(send, receive)
+        tokens = self.start(rows_of_tokens(x_TD, copies), route, "dispatch")
+        tags = self.start(self._tags(placement, copies), replace(route, there="exact", back="exact"), "dispatch")
+        yield None
+        x_CD = self.land(tokens, "dispatch")
+        expert_CK, weight_CK = self.land(tags, "dispatch").chunk(2, dim=1)
         expert_CK = expert_CK.long()
         rows = rows_by_expert(expert_CK, expert_CK < self.num_local, self.num_local, num_rows)
-        arrived = replace(routing, expert_TK=expert_CK, weight_TK=weight_CK)
-        rows_RD = with_input_weights(x_CD, arrived, rows)
-        ends_e = from_Ge.sum(0).cumsum(0).to(torch.int32)
-        weights_CK, from_others = output_weights(arrived), sum(receive) - receive[self.mesh.ep_rank]
-        return DedupDispatched(rows_RD, ends_e, None, from_others, weights_CK, rows, copies, send, receive)
+        ends_e, from_others = from_Ge.sum(0).cumsum(0).to(torch.int32), sum(receive) - receive[self.mesh.ep_rank]
+        sums_CD = yield Dispatched(x_CD, rows, weight_CK, ends_e, None, from_others, routing.weight_on)
+        assert sums_CD is not None
+        home = self.start(sums_CD, self.home(send, receive), "combine")
+        yield None
+        return tokens_of_rows(self.land(home, "combine"), None, copies)
 
-    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        assert isinstance(sent, DedupDispatched)
-        sums_CD = tokens_of_rows(y_RD, sent.weight_CK, sent.rows)
-        home_CD = self.exchange(sums_CD, sent.receive, sent.send, "combine")
-        ones_TG = torch.ones(sent.copies.row_TK.shape, device=y_RD.device)
-        return tokens_of_rows(home_CD, ones_TG, sent.copies)
+    def _reaches(self, placement: Placement) -> Tensor:
+        """Whether a token has any expert on a rank, bool [T, G]."""
+        expert_TK, num_ranks = placement.routing.expert_TK, self.mesh.ep_size
+        rank_TK = (expert_TK // self.num_local).masked_fill(~placement.kept_TK, num_ranks)
+        none_TG = torch.zeros(expert_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=expert_TK.device)
+        return none_TG.scatter_(1, rank_TK, True)[:, :num_ranks]
 
     def _tags(self, placement: Placement, copies: RowMap) -> Tensor:
         """What a copy carries beside its row, fp32 [C, 2K]: the experts it is for, counted on their rank, where none is

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher, output_weights, with_input_weights
-from moetrain.ops.permute import RowMap, tokens_of_rows
+from moetrain.moe.dispatch.base import Dispatcher, Trip
 from moetrain.ops.slots import count_experts
-from moetrain.types import Dispatched, Placement
+from moetrain.types import Dispatched, Placement, RowMap
 
 
 def rows_by_expert(expert_TK: Tensor, kept_TK: Tensor, num_experts: int, num_kept: int) -> RowMap:
@@ -22,25 +19,18 @@ def rows_by_expert(expert_TK: Tensor, kept_TK: Tensor, num_experts: int, num_kep
     return RowMap(order_N[:num_kept], row_TK, has_empty=False)
 
 
-@dataclass(frozen=True)
-class LocalDispatched(Dispatched):
-    """weight_TK and the map back."""
-
-    weight_TK: Tensor
-    rows: RowMap
-
-
 class LocalDispatcher(Dispatcher):
     """No communication; one host read of how many were kept."""
 
-    def forward(self, x_TD: Tensor, placement: Placement) -> LocalDispatched:
-        counts_E = count_experts(placement.routing.expert_TK, self.num_experts, placement.kept_TK)
-        rows = rows_by_expert(placement.routing.expert_TK, placement.kept_TK, self.num_experts, int(counts_E.sum()))
+    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
+        routing, kept_TK = placement.routing, placement.kept_TK
+        counts_E = count_experts(routing.expert_TK, self.num_experts, kept_TK)
+        yield None
+        rows = rows_by_expert(routing.expert_TK, kept_TK, self.num_experts, int(counts_E.sum()))
+        yield None
+        yield None
         ends_e = counts_E.cumsum(0).to(torch.int32)
-        return LocalDispatched(
-            with_input_weights(x_TD, placement.routing, rows), ends_e, None, 0, output_weights(placement.routing), rows
-        )
-
-    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        assert isinstance(sent, LocalDispatched)
-        return tokens_of_rows(y_RD, sent.weight_TK, sent.rows)
+        out_TD = yield Dispatched(x_TD, rows, routing.weight_TK, ends_e, None, 0, routing.weight_on)
+        assert out_TD is not None
+        yield None
+        return out_TD

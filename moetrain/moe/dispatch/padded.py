@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher, output_weights, with_input_weights
-from moetrain.ops.permute import RowMap, tokens_of_rows
-from moetrain.types import Dispatched, Placement
+from moetrain.moe.dispatch.base import Sharded, Trip, output_weights, parts, with_input_weights
+from moetrain.ops.permute import tokens_of_rows
+from moetrain.types import Dispatched, Placement, RowMap
 
 
-@dataclass(frozen=True)
-class PaddedDispatched(Dispatched):
-    """weight_TK, the map back, and the slots per expert and source rank."""
+class PaddedDispatcher(Sharded):
+    """Needs a capacity of scope ``rank``: shapes then depend on nothing but configuration. Chunks are parts of the
+    slots, not of the tokens.
+    """
 
-    weight_TK: Tensor
-    rows: RowMap
-    capacity: int
+    def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
+        assert placement.capacity is not None, "rules.layout lets no dropless run reach the padded dispatcher"
+        return [(x_TD, _of_slots(placement, part)) for part in parts(placement.capacity, self.chunks)]
 
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-class PaddedDispatcher(Dispatcher):
-    """Needs a capacity of scope ``rank``: shapes then depend on nothing but configuration."""
-
-    def forward(self, x_TD: Tensor, placement: Placement) -> PaddedDispatched:
-        capacity = placement.capacity
-        assert capacity is not None, "config.py lets no dropless run reach the padded dispatcher"
+    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
+        yield None
+        yield None
+        routing, capacity = placement.routing, placement.capacity
+        assert capacity is not None
         rows = self._slots(placement, capacity)
-        arrived_RD = self.exchange(with_input_weights(x_TD, placement.routing, rows), None, None, "dispatch")
-        by_expert_RD = self._swap(arrived_RD, self.mesh.ep_size, self.num_local, capacity)
-        per_expert = self.mesh.ep_size * capacity
+        out = self.start(with_input_weights(x_TD, routing, rows), self.route(None, None), "dispatch")
+        yield None
+        arrived_RD, per_expert = self.land(out, "dispatch"), self.mesh.ep_size * capacity
         ends_e = torch.arange(1, self.num_local + 1, dtype=torch.int32, device=x_TD.device) * per_expert
-        weights_TK, from_others = output_weights(placement.routing), (self.mesh.ep_size - 1) * self.num_local * capacity
-        return PaddedDispatched(by_expert_RD, ends_e, per_expert, from_others, weights_TK, rows, capacity)
-
-    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
-        assert isinstance(sent, PaddedDispatched)
-        by_rank_RD = self._swap(y_RD, self.num_local, self.mesh.ep_size, sent.capacity)
-        home_RD = self.exchange(by_rank_RD, None, None, "combine")
-        return tokens_of_rows(home_RD, sent.weight_TK, sent.rows)
+        num_travelled = (self.mesh.ep_size - 1) * self.num_local * capacity
+        y_RD = yield Dispatched(arrived_RD, self._expert_major(arrived_RD), None, ends_e, per_expert, num_travelled)
+        assert y_RD is not None
+        home = self.start(y_RD, self.home(None, None), "combine")
+        yield None
+        return tokens_of_rows(self.land(home, "combine"), output_weights(routing), rows)
 
     def _slots(self, placement: Placement, capacity: int) -> RowMap:
         """Row expert * C + slot for what was kept; the other rows are empty."""
@@ -51,8 +51,17 @@ class PaddedDispatcher(Dispatcher):
         assignment_R.scatter_(0, row_TK.reshape(-1), torch.arange(num_assignments, device=row_TK.device))
         return RowMap(assignment_R[:num_rows], row_TK, has_empty=True)
 
-    @staticmethod
-    def _swap(x_RD: Tensor, outer: int, inner: int, capacity: int) -> Tensor:
-        """[outer, inner, C, D] -> [inner, outer, C, D], both flat in rows."""
-        dim = x_RD.shape[1]
-        return x_RD.view(outer, inner, capacity, dim).transpose(0, 1).reshape(-1, dim)
+    def _expert_major(self, arrived_RD: Tensor) -> RowMap:
+        """Slots lie rank by rank, within a rank expert by expert; their map to rows grouped by expert."""
+        row_R = torch.arange(arrived_RD.shape[0], device=arrived_RD.device)
+        shape = self.mesh.ep_size, self.num_local, -1
+        order_R = row_R.view(shape).transpose(0, 1).reshape(-1)
+        arrival_R = row_R.view(shape[1], shape[0], -1).transpose(0, 1).reshape(-1)
+        return RowMap(order_R, arrival_R.unsqueeze(1), has_empty=False)
+
+
+def _of_slots(placement: Placement, part: slice) -> Placement:
+    """The assignments that have one of these slots."""
+    is_here_TK = (placement.slot_TK >= part.start) & (placement.slot_TK < part.stop)
+    kept_TK, slot_TK = placement.kept_TK & is_here_TK, placement.slot_TK - part.start
+    return replace(placement, kept_TK=kept_TK, slot_TK=slot_TK, capacity=part.stop - part.start)

@@ -51,7 +51,8 @@ def test_trap18_counts_are_added_before_ratios_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "factor", "reads"), [("alltoall", None, 1), ("alltoall", 1.0, 1), ("padded", 1.0, 0)]
+    ("dispatch", "factor", "reads"),
+    [("alltoall", None, 1), ("alltoall", 1.0, 1), ("dedup", None, 1), ("dedup", 1.0, 1), ("padded", 1.0, 0)],
 )
 def test_trap24_host_reads_of_a_dispatch(
     dispatch: str, factor: float | None, reads: int, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,8 @@
 """How rows of numbers look between ranks: as they are, rounded to bf16, or in 8 bits with a scale for each block.
 
 Errors of one way, a the largest magnitude of the block of 128 numbers that x stands in: bf16 at most 2^-8 |x|; fp8
-(e4m3) at most 2^-4 |x|, or 2^-10 a / 448 where that is more. fp8 keeps gradients of experts usable on the way out
-(DeepSeek-V3, DeepSeek 2024, sends so); sums on the way home and gradients have no such slack, and go as bf16.
+(e4m3) at most 2^-4 |x|, or 2^-10 a / 448 where that is more (of normal numbers). Experts bear fp8 on the way out
+(DeepSeek-V3, DeepSeek 2024, sends so); sums on the way home and gradients go as bf16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK, LARGEST = 128, 448.0
 
 
 def encode(x_RD: Tensor, payload: Payload) -> Tensor:
-    """[R, D] -> [R, X], what is sent in their place: X = D, or bytes, D numbers and the fp32 scales of their blocks."""
+    """[R, D] -> [R, X], what is sent in their place: X = D, or bytes: the fp32 scales of blocks, then D numbers."""
     if payload == "exact":
         return x_RD
     if payload == "bf16":
@@ -26,15 +26,15 @@ def encode(x_RD: Tensor, payload: Payload) -> Tensor:
     blocks_RBb = torch.nn.functional.pad(x_RD.float(), (0, -x_RD.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scale_RB = (blocks_RBb.abs().amax(-1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     codes_RD = (blocks_RBb / scale_RB.unsqueeze(-1)).to(torch.float8_e4m3fn).flatten(1)[:, : x_RD.shape[1]]
-    return torch.cat([codes_RD.contiguous().view(torch.uint8), scale_RB.view(torch.uint8)], dim=1)
+    return torch.cat([scale_RB.view(torch.uint8), codes_RD.contiguous().view(torch.uint8)], dim=1)
 
 
 def decode(sent_RX: Tensor, payload: Payload, dim: int, dtype: torch.dtype) -> Tensor:
     """What ``encode`` made of rows of ``dim`` numbers, in ``dtype``."""
     if payload != "fp8":
         return sent_RX.to(dtype)
-    codes_RD = sent_RX[:, :dim].contiguous().view(torch.float8_e4m3fn).float()
-    scale_RB = sent_RX[:, dim:].contiguous().view(torch.float32)
+    scale_RB = sent_RX[:, :-dim].reshape(-1).view(torch.float32).view(-1, -(-dim // BLOCK))
+    codes_RD = sent_RX[:, -dim:].contiguous().view(torch.float8_e4m3fn).float()
     return (codes_RD * scale_RB.repeat_interleave(BLOCK, dim=1)[:, :dim]).to(dtype)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.checks import ep_size_of, fitted, refit, traits_of
@@ -15,7 +19,10 @@ from moetrain.models.block import is_moe_layer
 from moetrain.models.counts import SizeReport, share_through, size_report
 from moetrain.models.decoder import Decoder
 from moetrain.moe.units import in_our_units
+from moetrain.ops.high_water import HighWater
+from moetrain.ops.kernels import make_kernels
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
+from moetrain.plan_memory import PlannedMemory, device_of, planned_memory, value_bytes
 from moetrain.types import Batch, ConfigError, Problem
 
 GIB = 2**30
@@ -26,7 +33,7 @@ PADDED = {"_target_": "moetrain.moe.dispatch.padded.PaddedDispatcher"}
 class Plan:
     """Per rank of a world: parameters held, bytes of training state, bytes sent per step by the experts' all-to-all.
 
-    ``state_bytes`` are weights, gradients and optimiser state under the ZeRO stage; activations are not in it.
+    ``memory`` is without activations; those ``dry_run`` counts.
     ``ours`` is the balance section in our units. ``notes`` say what in the configuration may surprise.
     """
 
@@ -36,13 +43,18 @@ class Plan:
     size: SizeReport
     local_dense: int
     local_experts: int
-    state_bytes: int
+    memory: PlannedMemory
     tokens_per_step: int
     exchange_bytes: int
     ours: BalanceConfig
     active_note: str
     exchange_note: str
     notes: tuple[str, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and optimiser state of a rank between steps."""
+        return self.memory.state
 
     @property
     def start_bytes(self) -> int:
@@ -76,10 +88,9 @@ def make_plan(config: Config, world_size: int) -> Plan:
     accumulation = train.global_batch // (world_size * train.micro_batch)
     num_moe = sum(share_through(model, i) for i in range(model.num_layers) if is_moe_layer(model, i))
     tokens = train.micro_batch * accumulation * model.context
-    bytes_per_value = 4 if config.engine.dtype == "fp32" else 2
-    copies = round(tokens * traits_of(config).experts_per_token) * model.dim * bytes_per_value
+    copies = round(tokens * traits_of(config).experts_per_token) * model.dim * value_bytes(config)
     exchange = round(4 * num_moe * copies * (ep_size - 1) / ep_size)
-    state = _state_bytes(dense, world_size, config) + _state_bytes(experts, world_size // ep_size, config)
+    memory = planned_memory(dense, experts, world_size, ep_size, accumulation, config)
     return Plan(
         world_size,
         ep_size,
@@ -87,7 +98,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
         size,
         dense,
         experts,
-        state,
+        memory,
         train.global_batch * model.context,
         exchange,
         balance_of(config),
@@ -104,38 +115,65 @@ def balance_of(config: Config) -> BalanceConfig:
     return in_our_units(config.balance, top_k=top_k, num_experts=num_experts, num_moe_layers=num_moe_layers)
 
 
-def _state_bytes(parameters: int, replicas: int, config: Config) -> int:
-    """Weights, gradients and optimiser state of ``parameters`` that ``replicas`` ranks hold alike, under ZeRO."""
-    stage, mixed = config.engine.zero_stage, config.engine.dtype != "fp32"
-    value = 2 if mixed else 4
-    moments = {"adamw": 8, "sgd": 0}[config.optim.name] + (4 if mixed else 0)
-    weights = value / (replicas if stage >= 3 else 1)
-    gradients = 4 / (replicas if stage >= 2 else 1)
-    optimiser = moments / (replicas if stage >= 1 else 1)
-    return int(parameters * (weights + gradients + optimiser))
+@dataclass(frozen=True)
+class DryRun:
+    """Parameters that a rank holds, and the most bytes that one micro-batch has alive besides them and what the engine
+    keeps: activations, and what backward works with. It is counted without recompute.
+    """
+
+    parameters: int
+    activations: int
 
 
-def dry_run(config: Config, world_size: int, rank: int = 0) -> int:
+def dry_run(config: Config, world_size: int, rank: int = 0) -> DryRun:
     """Build rank ``rank`` of the world on the meta device with a fake process group; one forward and backward.
 
     Nothing is computed and nothing is sent, so a router's choice is unknown: an even load through the padded dispatcher
-    stands in for it, which moves the same bytes. Returns the number of parameters of this rank.
+    stands in for it, which moves the same bytes (with the empty slots, where the run is padded itself).
     """
-    even = CapacityConfig(factor_train=1.0, factor_eval=1.0)
     config = fitted(config, world_size)
+    padded = config.dispatch["_target_"] == PADDED["_target_"]
+    factor = config.capacity.factor_train if padded else None
+    even = CapacityConfig(factor_train=factor or 1.0, factor_eval=1.0)
     config = replace(config, dispatch=PADDED, capacity=even, engine=replace(config.engine, recompute=False))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         mesh = mesh_of_world(ep_size_of(config, world_size), torch.device("meta"))
-        model = Decoder(config, mesh, vocab_size_of(config))
-        shape = (config.train.micro_batch, config.model.context)
-        tokens_BS = torch.zeros(shape, dtype=torch.int64, device="meta")
-        model(Batch(tokens_BS, tokens_BS)).loss.backward()
-        missing = [name for name, p in model.named_parameters() if p.grad is None]
-        assert not missing, f"no gradient for {missing}"
-        return sum(p.numel() for p in model.parameters())
+        kernels = make_kernels(device_of(config), "torch")
+        model = Decoder(config, mesh, vocab_size_of(config), kernels=kernels)
+        parameters = sum(p.numel() for p in model.parameters())
+        dtype = {2: torch.bfloat16, 4: torch.float32}[value_bytes(config)]
+        return DryRun(parameters, _activations(model.to(dtype), config))
     finally:
         close_mesh()
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as every real device does it: torch's plain one, which meta gets, would keep all scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        mask, causal = kwargs["attn_mask"], kwargs["is_causal"]
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(*args, 0.0, causal, attn_mask=mask)[0]
+
+
+def _activations(model: Decoder, config: Config) -> int:
+    """Gradients are let go of as soon as they are there: an engine adds them to what it holds."""
+    missing = {name for name, _ in model.named_parameters()}
+
+    def let_go(name: str, parameter: Tensor) -> None:
+        missing.discard(name)
+        parameter.grad = None
+
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(partial(let_go, name))
+    tokens_BS = torch.zeros((config.train.micro_batch, config.model.context), dtype=torch.int64, device="meta")
+    with HighWater("meta") as water, _Fused():
+        model(Batch(tokens_BS, tokens_BS)).loss.backward()
+    assert not missing, f"no gradient for {sorted(missing)}"
+    return water.most
 
 
 def describe(plan: Plan) -> str:
@@ -161,10 +199,14 @@ def describe(plan: Plan) -> str:
 def main_report(config: Config, world_size: int) -> str:
     """Plan, then dry-run it: the text that ``moetrain plan`` prints."""
     plan = make_plan(config, world_size)
-    held = dry_run(config, world_size)
-    assert held == plan.local_dense + plan.local_experts, (held, plan)
+    dry = dry_run(config, world_size)
+    less = ", less with engine.recompute" if config.engine.recompute else ""
+    assert dry.parameters == plan.local_dense + plan.local_experts, (dry, plan)
     return (
         f"{describe(plan)}\ndry run         rank 0 of {world_size} built on the meta device, forward and backward done"
+        f"\nmemory          {plan.memory.peak(dry.activations) / GIB:.2f} GiB of tensors at the peak of a step,"
+        f" {dry.activations / GIB:.2f} GiB of them activations at an even load{less}; on a CPU the libraries"
+        " and what the allocator holds back come on top"
     )
 
 

@@ -9,7 +9,7 @@ from moetrain.checkpoint import Keep, NoneWhole, SavedBy, Saver, Source
 from moetrain.config import Config
 from moetrain.engine import Engine
 from moetrain.monitor.runfolder import RunFolder
-from moetrain.ops.kernels import GemmName, fastest_gemm
+from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels
 from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh
 from moetrain.types import ConfigError, Problem
@@ -63,15 +63,17 @@ def restore_generators(found: Source, mesh: Mesh, seed: int) -> str:
     )
 
 
-def choose_gemm(mesh: Mesh, found: Source | None) -> GemmName:
-    """What the run has used so far on this kind of device, else the fastest of rank 0, on every rank: a resumed run and
-    replicas round alike.
+def choose_kernels(config: Config, mesh: Mesh, found: Source | None) -> Kernels:
+    """Products by what the run has used so far on this kind of device, else by the fastest of rank 0, on every rank: a
+    resumed run and replicas round alike. (Triton's tiles are tuned in each process: there they round alike to a bit or
+    two.)
     """
     known = found is not None and found.manifest.saved_by.device == mesh.device.type
     name = found.extra["gemm"] if found is not None and known else fastest_gemm(mesh.device)
     name = broadcast_text(name, mesh.world_group)
-    log.info("matrix products by %s", name)
-    return "onednn" if name == "onednn" else "torch"
+    kernels = make_kernels(mesh.device, "onednn" if name == "onednn" else "torch", config.machine.experts_kernel)
+    log.info("matrix products by %s, experts by %s", kernels.gemm_name, kernels.experts_name)
+    return kernels
 
 
 def cannot_resume(config: Config, reason: str, fix: str) -> ConfigError:

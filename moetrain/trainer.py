@@ -22,12 +22,11 @@ from moetrain.monitor.memory import measure_memory
 from moetrain.monitor.recorder import CorpusFacts, Recorder
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.monitor.window import Window, WindowMeans
-from moetrain.ops.kernels import make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.optim import lr_at
 from moetrain.parallel.collectives import barrier
 from moetrain.parallel.mesh import Mesh
-from moetrain.resume import AS_SAVED, cannot_resume, choose_gemm, find_source, make_saver, restore_generators
+from moetrain.resume import AS_SAVED, cannot_resume, choose_kernels, find_source, make_saver, restore_generators
 from moetrain.sample import sample_text
 from moetrain.types import Batch
 
@@ -47,9 +46,9 @@ class Trainer:
         torch.manual_seed(config.run.seed + mesh.rank)
         self.timeline = Timeline(mesh.device, enabled=config.monitor.timing)
         found = find_source(config, folder, mesh, corpus.fingerprint)
-        self.gemm = choose_gemm(mesh, found)
+        kernels = choose_kernels(config, mesh, found)
         self.vocab_size = config.model.vocab_size or corpus.vocab_size
-        self.model = Decoder(config, mesh, self.vocab_size, self.timeline, make_kernels(mesh.device, self.gemm))
+        self.model = Decoder(config, mesh, self.vocab_size, self.timeline, kernels)
         self.model.count_domains(len(corpus.domains))
         self.engine = make_engine(config, self.model, mesh, self.accumulation)
         self.watchdog, self.replicas = watchdog, Replicas(config, self.engine, mesh)
@@ -64,18 +63,15 @@ class Trainer:
             seed=config.run.seed,
             mask_documents=config.data.mask_documents,
         )
-        self.window = Window(mesh)
-        self.guard = Guard(config.health, mesh, leave)
+        self.window, self.guard = Window(mesh), Guard(config.health, mesh, leave)
         self.rollbacks = Rollbacks(folder, mesh, config.health.max_rollbacks)
         self.saver = make_saver(config, mesh, folder, self.engine)
         self.skipped = self.told = 0
         self.left: Left | None = None
         self.validated: tuple[int, float] | None = None
         self.start = 0 if found is None else self._restore(found)
-        self.recorder = (
-            Recorder(config, mesh, _facts(corpus, self.vocab_size), folder, self.start) if mesh.is_main else None
-        )
-
+        facts = _facts(corpus, self.vocab_size)
+        self.recorder = Recorder(config, mesh, facts, folder, self.start) if mesh.is_main else None
         if found is not None and self.recorder is not None:
             for damaged in found.passed_over:
                 self.recorder.alarm(self.start, f"a newer checkpoint can not be used, {damaged}")
@@ -114,9 +110,9 @@ class Trainer:
         self.guard.cast(torch.stack([output.loss for output in outputs]).mean())
         self.timeline.mark("update")
         norm = self.engine.step(lr_at(step, self.config.train.steps, self.config.optim), self.guard.accepts)
-        self.timeline.mark("rest")
         bad = self.guard.ended(step + 1)
         self.model.adapt_routers(moved=bad is None)
+        self.timeline.mark("metrics")
         load, gauges = self.model.take_load(), self.model.take_gauges()
         if bad is None:
             for output in outputs:
@@ -127,7 +123,10 @@ class Trainer:
         return norm
 
     def _batch(self, step: int, micro: int) -> Batch:
-        return self.loader.train(0 if self.config.debug.overfit else self.rollbacks.batch_of(step), micro)
+        self.timeline.mark("data")
+        batch = self.loader.train(0 if self.config.debug.overfit else self.rollbacks.batch_of(step), micro)
+        self.timeline.mark("rest")
+        return batch
 
     def _skip(self, bad: BadStep) -> None:
         self.skipped += 1
@@ -219,7 +218,7 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         self.watchdog.beat("save")
-        extra = {"gemm": self.gemm, "corpus": self.corpus.fingerprint, "vocab_size": self.vocab_size}
+        extra = {"gemm": self.model.kernels.gemm_name, "corpus": self.corpus.fingerprint, "vocab_size": self.vocab_size}
         extra |= {CONTROL: self.control.state(), GUARD: self.guard.state()}
         if self.validated is not None and self.validated[0] == done and math.isfinite(self.validated[1]):
             extra[VALIDATION] = self.validated[1]

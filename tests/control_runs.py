@@ -62,7 +62,9 @@ def train(config: Config, mesh: Mesh | None = None, window_steps: int = 5) -> tu
 def seen(assigned: list[list[int]], kept: list[list[int]] | None = None, step: int = 10, share: float = 0.5) -> Seen:
     """A window of ten steps with these global counts, a row a layer."""
     load = LoadCounts(torch.tensor(assigned), torch.tensor(assigned if kept is None else kept))
-    return Seen(step, share, 10, summarise(load, 1, range(len(assigned))), load.assigned_LE.numpy())
+    return Seen(
+        step, share, 10, summarise(load, 1, range(len(assigned))), load.assigned_LE.numpy(), load.kept_LE.numpy()
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 # Pretend hosts on one machine: netns.sh NODES COMMAND... runs the command once in each of NODES network namespaces that
 # are joined by a bridge, with NODE_RANK, MASTER and INTERFACE set. Exits with 0 if all did. Needs root and iproute2.
 #
+# RATE: what a host may send, and what it may be sent, such as 200mbit; by default there is no limit.
+#
 # Each host resolves its own name to 127.0.1.1, as Debian and Ubuntu set it up: whoever relies on that name is not reached.
 set -euo pipefail
 
@@ -33,6 +35,10 @@ for ((i = 0; i < nodes; i++)); do
   ip -n "$ns" address add "10.78.0.$((i + 1))/24" dev eth0
   ip -n "$ns" link set lo up
   ip -n "$ns" link set eth0 up
+  if [ -n "${RATE:-}" ]; then
+    tc qdisc add dev "$tag.$i" root tbf rate "$RATE" burst 256kb latency 100ms
+    tc -n "$ns" qdisc add dev eth0 root tbf rate "$RATE" burst 256kb latency 100ms
+  fi
   mkdir -p "/etc/netns/$ns"
   printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$(hostname)" >"/etc/netns/$ns/hosts"
   : >"/etc/netns/$ns/resolv.conf" # no name server: look-ups fail at once

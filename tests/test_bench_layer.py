@@ -14,6 +14,9 @@ from moetrain.bench.command import layer_configs
 from moetrain.bench.layer import bench_layer, write_results
 from moetrain.bench.routing import ROUTINGS, gate_of, tokens_of
 from moetrain.cli import main
+from moetrain.parallel.mesh import mesh_of_world
+from moetrain.types import ConfigError
+from tests.ranks import run_ranks
 from tests.tiny import alone
 
 SMALL = ["model.dim=32", "model.expert_dim=16", "model.context=64", "machine.device=cpu"]
@@ -26,14 +29,15 @@ def test_everybody_is_there_with_the_same_output_under_every_routing(
     results = bench_layer([config], alone(), 2, ROUTINGS)
     names = [one.name for one in results if one.routing == "zipf"]
     hugging_face = ["transformers grouped_mm", "transformers eager"]
-    assert names == ["moetrain", *hugging_face, "DeepSpeed, capacity 1.25", "DeepSpeed, dropless"]
+    theirs = [*hugging_face, "DeepSpeed, capacity 1.25", "DeepSpeed, dropless", "DeepSpeed AutoEP"]
+    assert names == ["moetrain", "moetrain, torch grouped_mm", *theirs]
     assert [one.note for one in results if one.note] == ["drops tokens"] * 3
     assert all(len(one.samples) == 2 and min(one.samples[0].wall, one.samples[0].cpu) > 0 for one in results)
     text = capsys.readouterr().out
     assert "8 experts, k = 3, D = 32, F = 16, 128 tokens a rank" in text
     write_results(results, tmp_path / "deep" / "times.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "deep" / "times.jsonl").read_text().splitlines()]
-    assert len(rows) == 15
+    assert len(rows) == 21
     assert rows[0]["contestant"] == "moetrain"
     assert rows[0]["routing"] == "balanced"
     assert len(rows[0]["cpu"]) == 2
@@ -51,6 +55,14 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
         bench_layer([config], alone(), 1, ["natural"])
 
 
+def test_only_those_named_are_timed() -> None:
+    (config,) = layer_configs([*SMALL, "experts=e4"], 1, None)
+    results = bench_layer([config], alone(), 1, ["natural"], ["eager", "AutoEP"])
+    assert [one.name for one in results] == ["moetrain", "transformers eager", "DeepSpeed AutoEP"]
+    with pytest.raises(ConfigError, match="name parts of 'moetrain, torch grouped_mm', 'transformers"):
+        bench_layer([config], alone(), 1, ["natural"], ["eagre"])
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_tokens_choose_what_the_benchmark_wants(top_k: int) -> None:
     gate_ED = gate_of(16, 64, seed=3)
@@ -61,6 +73,22 @@ def test_tokens_choose_what_the_benchmark_wants(top_k: int) -> None:
         )
         assert least <= counts_E.max() / counts_E.mean() <= most, routing
         assert counts_E.argmax() == 0 or routing == "balanced"
+
+
+def _two_ranks(rank: int, world: int) -> list[tuple[str, str, bool]]:
+    (config,) = layer_configs([*SMALL, "experts=e4"], world, None)
+    mesh = mesh_of_world(world, torch.device("cpu"))
+    results = bench_layer([config], mesh, 1, ["zipf"])
+    return [(one.name, one.note, one.sent > 0) for one in results]
+
+
+def test_everybody_is_there_with_the_same_output_on_two_ranks() -> None:
+    found = run_ranks(2, _two_ranks)
+    per_copy = ["moetrain, a copy for each expert", "a copy for each expert, torch grouped_mm"]
+    theirs = ["DeepSpeed, capacity 1.25", "DeepSpeed, dropless", "DeepSpeed AutoEP"]
+    assert [name for name, _, _ in found[0]] == ["moetrain", *per_copy, *theirs]
+    assert [name for name, note, _ in found[0] if note] == ["DeepSpeed, capacity 1.25"]
+    assert all(sent for _, _, sent in found[0])
 
 
 def test_commas_list_shapes_and_what_is_typed_goes_first() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of the metrics runs what training runs, and its parts add up."""
+"""The benchmark of data loading and metrics runs what training runs, and its parts add up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_call_is_measured_and_the_parts_add_up(tmp_path, capfd, monkeypatc
     found = dict(re.findall(r"^(\w[\w ]*?) +([\d.]+) ms", capfd.readouterr().out, re.MULTILINE))
     numbers = {name: float(value) for name, value in found.items()}
     step, total = numbers.pop("a step"), numbers.pop("all of it")
-    assert list(numbers) == ["record", "commit", "take", "add", "reduce", "write"]
+    assert list(numbers) == ["load", "record", "commit", "take", "add", "reduce", "write"]
     assert min(numbers.values()) > 0
     assert abs(sum(numbers.values()) - total) < 0.01
     assert total < step

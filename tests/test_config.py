@@ -67,7 +67,7 @@ FIELDS = [
     ("router", "site", 5, "supplied by moetrain", "leave router.site out"),
     ("router", "_target_", "os.path.Path", "outside of moetrain", "machine.allow_modules=[os]"),
     ("router", "_target_", None, "dotted path of a class", "router=NAME"),
-    ("dispatch", "slots", 3, "no key 'slots'", "dispatch takes no keys"),
+    ("dispatch", "slots", 3, "no key 'slots'", "the keys are dispatch.payload, dispatch.chunks"),
 ]
 
 
@@ -103,6 +103,7 @@ RULES = [
     ({"model__first_dense": 2}, "model.first_dense", "no MoE layer", "model.first_dense=1"),
     ({"optim__warmup_steps": 4}, "optim.warmup_steps", "train.steps = 3", "optim.warmup_steps=3"),
     ({"engine__zero_stage": 1}, "engine.zero_stage", "plain torch", "engine=deepspeed"),
+    ({"machine__experts_kernel": "triton"}, "machine.experts_kernel", "needs an accelerator", "experts_kernel=torch"),
     ({"dispatch___target_": PADDED}, "capacity.factor_train", "can't be dropless", "dispatch=alltoall"),
     (
         {"dispatch___target_": PADDED, "capacity__factor_train": 1.0},

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.bench.race import bytes_sent
+from moetrain.bench.race import Contestant, bytes_sent
 from moetrain.compose import options
 from moetrain.moe.replay import Replay
 from moetrain.parallel.mesh import Mesh, mesh_of_world
@@ -143,25 +143,41 @@ def test_zero_tokens() -> None:
         assert (layer.experts.down.grad == 0).all()
 
 
-def sent_and_reached(rank: int, world: int, dispatch: str, top_k: int) -> tuple[int, int]:
-    """Of one layer, forward and backward on 128 tokens of 512 numbers: the bytes that leave this rank, and the
-    (token, other rank) pairs of its routing.
+def sent_and_reached(rank: int, world: int, dispatch: str, top_k: int, ranks_per_node: int) -> tuple[int, int]:
+    """Of one layer, forward and backward on 128 tokens of 512 numbers: the bytes that leave this rank's node, and the
+    (token, other node) pairs of its routing.
     """
     mesh, router = mesh_of_world(world, CPU), {**ROUTER, "top_k": top_k}
     layer = moe_layer(tiny(dispatch=dispatch, router=router, experts__num_experts=64, model__dim=512), mesh)
     expert_TK = torch.rand(128, 64, generator=torch.Generator().manual_seed(rank)).topk(top_k).indices
     layer.router = ForcedRouter(layer.router, expert_TK)
     x_TD = torch.randn(128, 512, requires_grad=True)
-    sent = bytes_sent(lambda: layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD.sum().backward())
-    reached_TG = torch.zeros(128, world).scatter_(1, expert_TK // (64 // world), 1.0)
-    return sent, int(reached_TG.sum() - reached_TG[:, rank].sum())
+
+    def step() -> torch.Tensor:
+        out_TD: torch.Tensor = layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD
+        out_TD.sum().backward()
+        return out_TD
+
+    sent = bytes_sent(Contestant(dispatch, step, layer.zero_grad), mesh, ranks_per_node)
+    num_nodes = world // ranks_per_node
+    reached_TN = torch.zeros(128, num_nodes).scatter_(1, expert_TK // (64 // num_nodes), 1.0)
+    return sent, int(reached_TN.sum() - reached_TN[:, rank // ranks_per_node].sum())
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_no_token_travels_twice_to_a_rank(world: int) -> None:
     """Two ways, forward and backward, of 512 fp32 numbers for each rank that a token reaches, and little else."""
-    for sent, pairs in run_ranks(world, sent_and_reached, "dedup", 8):
+    for sent, pairs in run_ranks(world, sent_and_reached, "dedup", 8, 1):
         least = 4 * 512 * 4 * pairs
         assert least < sent <= 1.05 * least
-    for sent, pairs in run_ranks(world, sent_and_reached, "alltoall", 8):
+    for sent, pairs in run_ranks(world, sent_and_reached, "alltoall", 8, 1):
+        assert sent > 1.5 * (4 * 512 * 4 * pairs)
+
+
+def test_no_token_travels_twice_to_a_node() -> None:
+    """The same for each of two nodes of two ranks."""
+    for sent, pairs in run_ranks(4, sent_and_reached, "hierarchical", 8, 2):
+        least = 4 * 512 * 4 * pairs
+        assert least < sent <= 1.05 * least
+    for sent, pairs in run_ranks(4, sent_and_reached, "dedup", 8, 2):
         assert sent > 1.5 * (4 * 512 * 4 * pairs)

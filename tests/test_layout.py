@@ -4,9 +4,9 @@ Loss, clip norm, load, every gradient (seen through one SGD step, which moves ea
 every weight after three steps, fp32, relative 1e-5. The layouts below are a selection from EP 1, 2, 4 x expert-DP 1,
 2, 4 x ZeRO 0, 1, 2, 3 x accumulation 1, 2 x recompute off, on x dropless and global capacity: at world 4 every EP size
 meets every ZeRO stage, and every other pair of values occurs, except capacity with accumulation, where a smaller
-micro-step is another queue. Worlds 2 and 8 add the sizes of expert-DP that world 4 has not. The balance loss has
-``sequence`` scope, or ``global_batch`` where accumulation is 1; ``micro_batch`` scope depends on the layout by its
-definition.
+micro-step is another queue. Some lend hot experts, some send tokens in chunks. Worlds 2 and 8 add the sizes of
+expert-DP that world 4 has not. The balance loss has ``sequence`` scope, or ``global_batch`` where accumulation is 1;
+``micro_batch`` scope depends on the layout by its definition.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ class Layout(NamedTuple):
     recompute: bool
     capacity: float | None = None
     scope: str = "sequence"
+    shadows: tuple[int, ...] = ()
+    chunks: int = 1
 
     def config(self, micro_batch: int) -> Any:
         return tiny(
             dispatch="alltoall",
+            dispatch__chunks=self.chunks,
             engine__name=self.engine,
             engine__zero_stage=self.zero,
             engine__ep_size=self.ep,
@@ -62,27 +65,27 @@ class Layout(NamedTuple):
 
 
 WORLD_4 = [
-    Layout("local", 4, 0, 2, True),
+    Layout("local", 4, 0, 2, True, shadows=(0, 3, 7)),
     Layout("local", 2, 0, 1, False, 0.8),
     Layout("local", 1, 0, 2, False),
     Layout("deepspeed", 1, 0, 1, True, None, "global_batch"),
-    Layout("deepspeed", 2, 0, 2, False),
+    Layout("deepspeed", 2, 0, 2, False, shadows=(4, 5)),
     Layout("deepspeed", 4, 0, 1, False, 0.8),
     Layout("deepspeed", 1, 1, 2, False),
-    Layout("deepspeed", 2, 1, 1, True, 0.8),
-    Layout("deepspeed", 4, 1, 2, True),
+    Layout("deepspeed", 2, 1, 1, True, 0.8, shadows=(1,), chunks=2),
+    Layout("deepspeed", 4, 1, 2, True, chunks=3),
     Layout("deepspeed", 1, 2, 1, False, 0.8),
     Layout("deepspeed", 2, 2, 2, True),
-    Layout("deepspeed", 4, 2, 1, False, None, "global_batch"),
+    Layout("deepspeed", 4, 2, 1, False, None, "global_batch", (0, 1, 2, 3, 4, 5, 6, 7)),
     Layout("deepspeed", 1, 3, 2, True),
-    Layout("deepspeed", 2, 3, 1, False, 0.8),
+    Layout("deepspeed", 2, 3, 1, False, 0.8, chunks=2),
     Layout("deepspeed", 4, 3, 2, False),
 ]
 WORLD_2 = [
     Layout("local", 2, 0, 2, False),
-    Layout("deepspeed", 2, 1, 1, False),
+    Layout("deepspeed", 2, 1, 1, False, shadows=(2, 6)),
     Layout("deepspeed", 1, 2, 2, True),
-    Layout("deepspeed", 2, 3, 2, True),
+    Layout("deepspeed", 2, 3, 2, True, chunks=2),
     Layout("local", 1, 0, 1, False, None, "global_batch"),
 ]
 WORLD_8 = [Layout("deepspeed", 4, 1, 1, True), Layout("deepspeed", 2, 2, 1, False, 0.8)]
@@ -106,6 +109,7 @@ def train(layout: Layout, mesh: Mesh) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": [], "experts": experts, "load": []}
     first = weights_of(model, 0, mesh)
     engine = make_engine(model.config, model, mesh, layout.accumulation)
+    model.set_shadows([layout.shadows] * len(model.moe_layers()))
     for step in range(STEPS):
         batch = tokens(GLOBAL_BATCH, 16, seed=step)
         outputs: list[ModelOutput] = []

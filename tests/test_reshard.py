@@ -48,17 +48,18 @@ MODELS = ("toy", "decoder")
 
 @dataclass(frozen=True)
 class Link:
-    """One layout of the chain; what it saves lies in a folder of its name."""
+    """One layout of the chain; what it saves lies in a folder of its name. shadows: experts lent to all ranks."""
 
     name: str
     world: int
     ep_size: int
     engine: str
     zero_stage: int
+    shadows: tuple[int, ...] = ()
 
 
 CHAIN = [
-    Link("first", 4, 4, "deepspeed", 2),
+    Link("first", 4, 4, "deepspeed", 2, (0, 3, 6)),
     Link("half", 2, 2, "deepspeed", 1),
     Link("alone", 1, 1, "local", 0),
     Link("replicas", 4, 2, "deepspeed", 3),
@@ -90,7 +91,9 @@ def make(model: str, link: Link, mesh: Mesh) -> Engine:
     if model == "toy":
         return engine_of(Case(link.engine, link.zero_stage, link.ep_size, optim="adamw"), mesh)
     config = decoder_config(link)
-    return make_engine(config, Decoder(config, mesh, VOCAB), mesh, 1)
+    decoder = Decoder(config, mesh, VOCAB)
+    decoder.set_shadows([link.shadows] * len(decoder.moe_layers()))
+    return make_engine(config, decoder, mesh, 1)
 
 
 def go_on(engine: Engine, mesh: Mesh, steps: range) -> list[float]:

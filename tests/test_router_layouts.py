@@ -41,9 +41,8 @@ def sharded(rank: int, world: int, cases: list[Any]) -> list[dict[str, np.ndarra
 
 def test_every_router_gives_the_same_under_every_ep_size() -> None:
     """Each rank routes its own tokens; wherever the experts are, output and gradients are those of all in one place."""
-    cases = [
-        (n, ep, d, f) for n in ROUTERS for ep, d, f in ((1, "alltoall", None), (2, "padded", 1.0), (4, "dedup", None))
-    ]
+    layouts = ((1, "alltoall", None), (2, "padded", 1.0), (4, "dedup", None), (4, "hierarchical", None))
+    cases = [(name, *layout) for name in ROUTERS for layout in layouts]
     by_rank = run_ranks(WORLD, sharded, cases, timeout=280)
     reference = {(n, f): [run_layer(n, alone(), r, "local", f) for r in range(WORLD)] for n, _, _, f in cases}
     for number, (name, ep, dispatch, factor) in enumerate(cases):

@@ -23,7 +23,7 @@ from tests.tiny import ids, moe_layer, tiny
 NUM_STEPS = 500
 NUM_EXPERTS, TOKENS = 8, 6
 CPU = torch.device("cpu")
-DISPATCHERS = [("alltoall", None), ("alltoall", 1.0), ("dedup", None), ("padded", 1.0)]
+DISPATCHERS = [("alltoall", None), ("alltoall", 1.0), ("dedup", None), ("hierarchical", None), ("padded", 1.0)]
 
 
 class Dictated(torch.nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moetrain.moe.replay import Replay
-from moetrain.moe.routers.scoring import p_norm, probabilities, scores
+from moetrain.moe.routers.scoring import best_experts, p_norm, probabilities, scores
 from moetrain.moe.routers.token_choice import TokenChoiceRouter
 from tests.gating import balance_of
 from tests.tiny import complete, seen
@@ -219,6 +219,17 @@ def test_a_large_p_leaves_finite_weights_and_gradients() -> None:
     (weight_TK[:1] / norm_T1[:1]).sum().backward()
     assert weight_TK.grad is not None
     assert weight_TK.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 7])
+def test_the_best_are_those_of_a_stable_sort(top_k: int) -> None:
+    """Also among ties, and where fewer than k are above minus infinity: nothing is chosen twice."""
+    generator = torch.Generator().manual_seed(top_k)
+    score_TE = torch.randint(-3, 3, (50, 7), generator=generator).float()
+    score_TE[torch.rand(50, 7, generator=generator) < 0.4] = -torch.inf
+    score_TE[0] = -torch.inf
+    order_TE = score_TE.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(best_experts(score_TE, top_k), order_TE[:, :top_k])
 
 
 def test_ties_go_to_the_lower_expert() -> None:

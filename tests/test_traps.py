@@ -24,8 +24,7 @@ from moetrain.moe.dispatch.alltoall import expert_major
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.monitor.balance import summarise
-from moetrain.ops.grouped_swiglu import grouped_swiglu
-from moetrain.ops.kernels import Kernels
+from moetrain.ops.kernels import torch_kernels
 from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import LoadCounts
@@ -155,7 +154,7 @@ def test_trap27_rows_that_come_rank_by_rank_are_grouped_by_expert(ranks: int, ex
 def test_trap25_an_expanded_gradient_goes_through_the_layer(dispatch: str) -> None:
     """``sum().backward()`` hands down a gradient of stride 0, which a grouped product would refuse."""
     layer = layer_of(dispatch, None)
-    layer.experts.kernels = Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
+    layer.experts.kernels = torch_kernels()
     x_TD = torch.randn(24, 16)
     layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD.sum().backward()
     assert layer.experts.down.grad is not None

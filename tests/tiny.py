@@ -53,7 +53,7 @@ def tiny(**changes: Any) -> Config:
         "experts": {"num_experts": 8},
         "router": changes.pop("router", dict(ROUTER)),
         "capacity": {"factor_train": None, "factor_eval": None},
-        "dispatch": {"_target_": _dispatcher(changes.pop("dispatch", "alltoall"))},
+        "dispatch": dict(_dispatcher(changes.pop("dispatch", "alltoall"))),
         "balance": {"balance_coef": 0.1, "z_coef": 0.01, "scope": "sequence"},
         "control": {},
         "engine": {"name": "local", "zero_stage": 0, "dtype": "fp32"},
@@ -126,5 +126,7 @@ def part_of(batch: Batch, start: int, stop: int) -> Batch:
 
 
 @cache
-def _dispatcher(name: str) -> str:
-    return str(OmegaConf.load(conf_folder() / "dispatch" / f"{name}.yaml")["_target_"])
+def _dispatcher(name: str) -> dict[str, Any]:
+    """Four ranks are two nodes, for whom it makes a difference."""
+    part = OmegaConf.load(conf_folder() / "dispatch" / f"{name}.yaml")
+    return {"_target_": part["_target_"], **({"ranks_per_node": 2} if "ranks_per_node" in part else {})}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from moetrain.arguments import Parser, environment_world
+from moetrain.bench.allocator import ALLOCATORS, VARIABLE, in_turn
 from moetrain.bench.layer import bench_layer, write_results
 from moetrain.bench.metrics import metrics_bench
+from moetrain.bench.overlap import bench_overlap
+from moetrain.bench.picture import draw, read_results
 from moetrain.bench.routing import ROUTINGS
+from moetrain.bench.skew import bench_skew
 from moetrain.bench.step import step_bench
 from moetrain.checks import ep_size_of
 from moetrain.compose import compose
@@ -20,10 +25,15 @@ from moetrain.types import ConfigError, Problem
 ABOUT = {
     "layer": "Time one MoE layer, forward and backward, against other libraries' on one process. Commas list shapes:"
     " experts=e16,e64 router.top_k=2,8.",
-    "ep": "The same with experts sharded over ranks, and the bytes sent. Start it with torchrun.",
+    "ep": "The same with experts sharded over ranks, and the bytes sent. Start it with torchrun; GLIBC_TUNABLES in its"
+    " environment decides how malloc keeps memory.",
     "dispatch": "Time our dispatchers by themselves, with experts that compute nothing. Start it with torchrun.",
+    "overlap": "How much of the exchange hides behind experts that sleep. Start it with torchrun.",
+    "skew": "Time one MoE layer whose first rank is hot, with shadows and without, against balanced routing. Start it"
+    " with torchrun.",
     "step": "Time a training step against Hugging Face's Mixtral, interleaved. Start it with torchrun.",
-    "metrics": "CPU time of all that counts, sums up and writes, as a share of a step. Start it with torchrun.",
+    "picture": "Draw what layer, ep, dispatch and skew have written with --out: a bar for each contestant, ours = 1.",
+    "metrics": "CPU time of loading data, counting, summing up and writing, against a step's. Start it with torchrun.",
 }
 LAYER = {
     "model": "nano",
@@ -73,9 +83,21 @@ def bench(arguments: list[str]) -> int:
         raise ConfigError([Problem("command", f"bench {action}", reason, fix)])
     if action in ("layer", "ep", "dispatch"):
         return _layer(action, rest)
-    parsed = Parser(f"bench {action}", ABOUT[action]).parse_intermixed_args(rest)
+    if action == "overlap":
+        return _overlap(rest)
+    if action == "skew":
+        return _skew(rest)
+    if action == "picture":
+        return _picture(rest)
+    parser = Parser(f"bench {action}", ABOUT[action])
+    if action == "step":
+        parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each side (default: 7)")
+        parser.add_argument(
+            "--alone", action="store_true", help="without the peer, which holds every expert on every rank"
+        )
+    parsed = parser.parse_intermixed_args(rest)
     config = compose(parsed.overrides, environment_world() or 1, parsed.config_dir)
-    text = step_bench(config) if action == "step" else metrics_bench(config)
+    text = step_bench(config, parsed.rounds, parsed.alone) if action == "step" else metrics_bench(config)
     if text is not None:
         print(text)
     return 0
@@ -85,18 +107,86 @@ def _layer(action: str, arguments: list[str]) -> int:
     parser = Parser(f"bench {action}", ABOUT[action])
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
     parser.add_argument("--routing", nargs="*", choices=ROUTINGS, default=list(ROUTINGS), help="default: all of them")
+    parser.add_argument(
+        "--against", nargs="*", default=[""], metavar="NAME", help="parts of names (default: everybody)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each contestant and routing")
+    text = "malloc as this process has it (default), as the launch scripts set it, or as it comes and then so set"
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="given", help=f"{text}; on one process")
     parsed = parser.parse_intermixed_args(arguments)
     world_size = environment_world() or 1
+    if world_size > 1 and parsed.allocator != "given":
+        fix = f"set {VARIABLE} in the environment of torchrun"
+        raise ConfigError([Problem("--allocator", parsed.allocator, "is for one process", fix)])
     if (world_size == 1) != (action == "layer"):
         fix = "torchrun --nproc-per-node 2 -m moetrain bench ep" if world_size == 1 else "moetrain bench layer"
         raise ConfigError([Problem("command", f"bench {action}", f"does not run on {world_size} ranks", fix)])
     configs = layer_configs(parsed.overrides, world_size, parsed.config_dir)
+    if parsed.allocator != "given":
+        return in_turn(parsed.allocator, _again(action, parsed))
     mesh = init_mesh(ep_size_of(configs[0], world_size), configs[0].machine)
     try:
-        results = bench_layer(configs, mesh, parsed.rounds, parsed.routing, exchange_only=action == "dispatch")
+        chosen, exchange_only = (parsed.rounds, parsed.routing, parsed.against), action == "dispatch"
+        results = bench_layer(configs, mesh, *chosen, exchange_only=exchange_only)
         if parsed.out is not None and mesh.is_main:
             write_results(results, parsed.out)
     finally:
         close_mesh()
+    return 0
+
+
+def _overlap(arguments: list[str]) -> int:
+    parser = Parser("bench overlap", ABOUT["overlap"])
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
+    parsed = parser.parse_intermixed_args(arguments)
+    world_size = environment_world() or 1
+    if world_size == 1:
+        fix = "torchrun --nproc-per-node 2 -m moetrain bench overlap"
+        raise ConfigError([Problem("command", "bench overlap", "one rank exchanges nothing", fix)])
+    config = layer_configs(parsed.overrides, world_size, parsed.config_dir)[0]
+    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
+    try:
+        if (text := bench_overlap(config, mesh, parsed.rounds)) is not None:
+            print(text)
+    finally:
+        close_mesh()
+    return 0
+
+
+def _skew(arguments: list[str]) -> int:
+    parser = Parser("bench skew", ABOUT["skew"])
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
+    parser.add_argument("--times", type=float, default=4.0, help="what the first rank gets over its share (default: 4)")
+    parser.add_argument("--hot", type=int, metavar="N", help="on so many of its experts (default: on all of them)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each contestant")
+    parsed = parser.parse_intermixed_args(arguments)
+    world_size = environment_world() or 1
+    if world_size == 1:
+        fix = "torchrun --nproc-per-node 4 -m moetrain bench skew"
+        raise ConfigError([Problem("command", "bench skew", "one rank holds all experts: none can be hotter", fix)])
+    (config,) = layer_configs(parsed.overrides, world_size, parsed.config_dir)
+    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
+    try:
+        results = bench_skew(config, mesh, parsed.rounds, parsed.times, parsed.hot)
+        if parsed.out is not None and mesh.is_main:
+            write_results(results, parsed.out)
+    finally:
+        close_mesh()
+    return 0
+
+
+def _again(action: str, parsed: argparse.Namespace) -> list[str]:
+    """The command without ``--allocator``."""
+    options = [("--out", parsed.out), ("--config-dir", parsed.config_dir), ("--rounds", parsed.rounds)]
+    given = [word for name, value in options if value is not None for word in (name, str(value))]
+    lists = ["--routing", *parsed.routing, "--against", *parsed.against]
+    return ["bench", action, *given, *lists, "--", *parsed.overrides]
+
+
+def _picture(arguments: list[str]) -> int:
+    parser = Parser("bench picture", ABOUT["picture"], overrides=False)
+    parser.add_argument("results", type=Path, metavar="FILE.jsonl", help="what --out has written")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture (or .svg, .pdf)")
+    parsed = parser.parse_args(arguments)
+    draw(read_results(parsed.results), parsed.out)
     return 0

@@ -8,41 +8,47 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moetrain.bench.peers import LayerCase, peers
+from moetrain.bench.allocator import name_of_allocator
+from moetrain.bench.machine import processor
+from moetrain.bench.peers import peers
+from moetrain.bench.peers.case import LayerCase
 from moetrain.bench.race import Contestant, Sample, bytes_sent, median_and_least, most_of, race
 from moetrain.bench.routing import Routing, gate_of, tokens_of
 from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
-from moetrain.ops.grouped_swiglu import grouped_swiglu
-from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels
+from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels, torch_kernels
 from moetrain.ops.timeline import Timeline
+from moetrain.ops.triton_swiglu import has_triton
 from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh, weight_dtype
-from moetrain.rules.layout import PADDED
-from moetrain.types import Dispatched
+from moetrain.rules.layout import PADDED, ranks_of_node
+from moetrain.types import ConfigError, Dispatched, Problem
 
 SPREAD = 0.02
 ALLTOALL = "moetrain.moe.dispatch.alltoall.AllToAllDispatcher"
 DEDUP = "moetrain.moe.dispatch.dedup.DedupDispatcher"
+HIERARCHICAL = "moetrain.moe.dispatch.hierarchical.HierarchicalDispatcher"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Of the largest entry of the output."""
+OTHER_CHOICE = {torch.float32: 0.0, torch.bfloat16: 0.02}
+"""The share of tokens that may go to another expert: a gate that rounds its logits to bf16 makes ties."""
 
 
 @dataclass(frozen=True)
 class Result:
     """What one contestant took under one routing. case: what was timed, on what machine. sent: bytes of a step to other
-    ranks, by the rank that sends most.
+    ranks, by the rank that sends most; crossing: those of them to other nodes, by torchrun's word what a node is.
     """
 
     case: dict[str, Any]
@@ -51,27 +57,39 @@ class Result:
     note: str
     samples: list[Sample]
     sent: int
+    crossing: int = 0
 
 
 def bench_layer(
-    configs: Sequence[Config], mesh: Mesh, rounds: int, routings: Sequence[Routing], *, exchange_only: bool = False
+    configs: Sequence[Config],
+    mesh: Mesh,
+    rounds: int,
+    routings: Sequence[Routing],
+    against: Sequence[str] = ("",),
+    *,
+    exchange_only: bool = False,
 ) -> list[Result]:
-    """Every config under every routing. exchange_only: our dispatchers, with experts that give back what they get.
+    """Every config under every routing. against: parts of the names of those that are timed beside ours. exchange_only:
+    our dispatchers, with experts that give back what they get.
 
-    Raises AssertionError if two contestants that drop nothing differ.
+    Raises AssertionError if two contestants that drop nothing differ, and ConfigError if ``against`` names nobody.
     """
     field = _dispatchers if exchange_only else _field
     gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
     results: list[Result] = []
     for config in configs:
-        facts = _facts(config, mesh, gemm)
+        facts = {"timed": "exchange" if exchange_only else "layer", **facts_of(config, mesh, gemm)}
         for routing in routings:
-            case = _case(config, mesh, routing)
+            case = layer_case(config, mesh, routing)
             contestants, missing = field(case, config, gemm)
+            contestants = _chosen(contestants, against)
             _check(contestants, case)
-            sent = {one.name: int(most_of(bytes_sent(one.step), mesh)) for one in contestants}
+            sent = {
+                one.name: [int(most_of(bytes_sent(one, mesh, ranks), mesh)) for ranks in (1, ranks_of_node(None))]
+                for one in contestants
+            }
             samples = race(contestants, mesh, rounds)
-            found = [Result(facts, routing, n.name, n.note, samples[n.name], sent[n.name]) for n in contestants]
+            found = [Result(facts, routing, n.name, n.note, samples[n.name], *sent[n.name]) for n in contestants]
             results += found
             if mesh.is_main:
                 print(_text(found, missing if routing == routings[0] else []), flush=True)
@@ -90,17 +108,32 @@ def write_results(results: Sequence[Result], path: Path) -> None:
                 "contestant": one.name,
                 "note": one.note,
                 "sent": one.sent,
+                "crossing": one.crossing,
                 **seconds,
             }
             file.write(json.dumps(row) + "\n")
 
 
+def _chosen(contestants: list[Contestant], against: Sequence[str]) -> list[Contestant]:
+    ours, *others = contestants
+    for word in against:
+        if not any(word in one.name for one in others):
+            fix = f"name parts of {', '.join(repr(one.name) for one in others)}"
+            raise ConfigError([Problem("--against", word, "is nobody here", fix)])
+    return [ours, *(one for one in others if any(word in one.name for word in against))]
+
+
 def _field(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
     theirs, missing = peers(case)
     kernels = make_kernels(case.mesh.device, "onednn" if gemm == "onednn" else "torch")
-    plain = Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
+    plain = torch_kernels()
     ours = [_ours(case, config, kernels, "moetrain")]
-    if case.mesh.world_size > 1:
+    if has_triton():
+        triton = make_kernels(case.mesh.device, "torch", "triton")
+        ours.append(_ours(case, config, triton, "moetrain, Triton"))
+    if case.mesh.world_size == 1:
+        ours.append(_ours(case, config, plain, "moetrain, torch grouped_mm"))
+    else:
         per_copy = replace(config, dispatch={"_target_": ALLTOALL})
         ours.append(_ours(case, per_copy, kernels, "moetrain, a copy for each expert"))
         ours.append(_ours(case, per_copy, plain, "a copy for each expert, torch grouped_mm"))
@@ -110,23 +143,26 @@ def _field(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant]
 def _dispatchers(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
     kernels = make_kernels(case.mesh.device, "onednn" if gemm == "onednn" else "torch")
     limited = replace(config, capacity=replace(config.capacity, factor_train=1.25, factor_eval=1.25))
-    field = []
-    for name, target, given, note in (
+    choices = [
         ("dedup", DEDUP, config, ""),
         ("alltoall", ALLTOALL, config, ""),
         ("padded, capacity 1.25", PADDED, limited, "drops tokens"),
-    ):
-        one = _ours(case, replace(given, dispatch={"_target_": target}), kernels, name, note, echo=True)
-        field.append(one)
-    return field, []
+    ]
+    if several := len(case.mesh.hops_by_node(ranks_of_node(None))) > 1:
+        choices.insert(1, ("hierarchical", HIERARCHICAL, config, ""))
+    field = [
+        _ours(case, replace(given, dispatch={"_target_": target}), kernels, name, note, echo=True)
+        for name, target, given, note in choices
+    ]
+    return field, [] if several else ["hierarchical: on one node, or on nodes of one rank, it is dedup"]
 
 
 class _Echo(nn.Module):
     def forward(self, sent: Dispatched) -> Tensor:
-        return sent.x_CD * 1.0
+        return sent.x_CD * (1.0 if sent.weight_CK is None else sent.weight_CK.sum(1, keepdim=True).to(sent.x_CD))
 
 
-def _case(config: Config, mesh: Mesh, routing: Routing) -> LayerCase:
+def layer_case(config: Config, mesh: Mesh, routing: Routing) -> LayerCase:
     """Weights depend on the seed and the expert alone, tokens on the rank too."""
     num_experts, dim, width = config.experts.num_experts, config.model.dim, config.model.expert_dim
     dtype, seed = weight_dtype(config.engine, mesh.device), config.run.seed
@@ -149,14 +185,25 @@ def _drawn(experts: range, shape: tuple[int, int], seed: int) -> Tensor:
 def _ours(
     case: LayerCase, config: Config, kernels: Kernels, name: str, note: str = "", *, echo: bool = False
 ) -> Contestant:
+    layer = our_layer(case, config, kernels)
+    if echo:
+        layer.experts = _Echo()
+    return our_contestant(layer, case, name, note)
+
+
+def our_layer(case: LayerCase, config: Config, kernels: Kernels) -> MoELayer:
+    """With the weights of ``case``."""
     layer = MoELayer(config, case.mesh, Timeline(case.mesh.device, enabled=False), kernels, 2, 0)
     layer = layer.to(case.x_TD.dtype)
     with torch.no_grad():
         layer.router.get_parameter("gate").copy_(case.gate_ED)
         layer.experts.get_parameter("gate_up").copy_(case.gate_up_eFD)
         layer.experts.get_parameter("down").copy_(case.down_eDF)
-    if echo:
-        layer.experts = _Echo()
+    return layer
+
+
+def our_contestant(layer: MoELayer, case: LayerCase, name: str, note: str = "") -> Contestant:
+    """The layer on the tokens of ``case``."""
     tokens_BS = torch.zeros(1, case.x_TD.shape[0], dtype=torch.int64, device=case.x_TD.device)
 
     def run(x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,14 +215,23 @@ def _ours(
 
 def _check(contestants: Sequence[Contestant], case: LayerCase) -> None:
     """Who drops nothing gives what ours gives."""
-    reference_TD = contestants[0].step().float()
-    limit = TOLERANCE[case.x_TD.dtype] * float(reference_TD.abs().max())
+    dtype = case.x_TD.dtype
+    reference_TD = _output(contestants[0])
+    limit = TOLERANCE[dtype] * float(reference_TD.abs().max())
     for one in contestants[1:]:
-        error = float((one.step().float() - reference_TD).abs().max())
-        assert one.note or error <= limit, f"{one.name} differs from ours by {error:.3g}, of {limit:.3g} allowed"
+        error_T = (_output(one) - reference_TD).abs().amax(1)
+        others = int((error_T > limit).sum())
+        told = f"{one.name} differs from ours in {others} tokens, by {float(error_T.max()):.3g}, of {limit:.3g} allowed"
+        assert one.note or others <= OTHER_CHOICE[dtype] * len(error_T), told
 
 
-def _facts(config: Config, mesh: Mesh, gemm: str) -> dict[str, Any]:
+def _output(one: Contestant) -> Tensor:
+    out_TD = one.step().float()
+    one.clear()
+    return out_TD
+
+
+def facts_of(config: Config, mesh: Mesh, gemm: str) -> dict[str, Any]:
     return {
         "experts": config.experts.num_experts,
         "top_k": int(traits_of(config).experts_per_token),
@@ -185,13 +241,14 @@ def _facts(config: Config, mesh: Mesh, gemm: str) -> dict[str, Any]:
         "dtype": str(weight_dtype(config.engine, mesh.device)).removeprefix("torch."),
         "ranks": mesh.world_size,
         "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "cores": os.cpu_count(),
         "device": "cpu" if mesh.device.type == "cpu" else torch.cuda.get_device_name(mesh.device),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "gemm": gemm,
-        "allocator": os.environ.get("GLIBC_TUNABLES", "as it comes"),
+        "allocator": name_of_allocator(),
+        "at": datetime.now().isoformat(timespec="seconds"),
     }
 
 
@@ -202,7 +259,7 @@ def _text(results: Sequence[Result], missing: Sequence[str]) -> str:
         f"{case['dtype']}, {case['experts']} experts, k = {case['top_k']}, D = {case['dim']}, F = {case['expert_dim']},"
         f" {case['tokens']} tokens a rank, {case['ranks']} ranks x {case['threads']} threads, {first.routing} routing",
         f"{case['machine']}, {case['cores']} cores, {case['device']}, load {case['load']:.1f}, torch {case['torch']},"
-        f" products by {case['gemm']}, allocator: {case['allocator']}",
+        f" products by {case['gemm']}, malloc {case['allocator']}",
         f"{'':40} {'CPU':>7} {'wall':>7}   CPU ms: median, least   wall ms: median, least",
     ]
     for one in results:
@@ -210,5 +267,6 @@ def _text(results: Sequence[Result], missing: Sequence[str]) -> str:
         ratios = " ".join(f"{own[kind][0] / ours[kind][0]:6.2f}x" for kind in ("cpu", "wall"))
         times = "".join(f"{1e3 * own[kind][0]:14.1f} {1e3 * own[kind][1]:7.1f}  " for kind in ("cpu", "wall"))
         sent = f"{one.sent / 2**20:8.1f} MiB sent" if one.sent else ""
+        sent += f", {one.crossing / 2**20:.1f} of them to other nodes" if one.crossing else ""
         lines.append(f"{one.name:40} {ratios} {times} {sent} {one.note}")
     return "\n".join([*lines, *(f"not here: {reason}" for reason in missing)]) + "\n"

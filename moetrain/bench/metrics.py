@@ -1,4 +1,6 @@
-"""What it costs to know what experts do: CPU time of the calls that count, sum up and write, against the step's own."""
+"""What it costs to load data and to know what experts do: CPU time of the calls that load, count, sum up and write,
+against the step's own.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 
 WARMUP, STEPS, LINES = 3, 20, 8
-EVERY_STEP, EVERY_LINE = ("record", "commit", "take", "add"), ("reduce", "write")
+EVERY_STEP, EVERY_LINE = ("load", "record", "commit", "take", "add"), ("reduce", "write")
 
 
 class Meter:
@@ -35,16 +37,19 @@ class Meter:
         self.seconds: dict[str, float] = {}
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
-        call = getattr(owner, method)
+        setattr(owner, method, self.timed(getattr(owner, method), name))
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """``call``, whose seconds count as ``name``."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
             began = process_time()
             try:
                 return call(*args, **kwargs)
             finally:
                 self.seconds[name] = self.seconds.get(name, 0.0) + process_time() - began
 
-        setattr(owner, method, timed)
+        return inner
 
     def of(self, work: Callable[[], object]) -> dict[str, float]:
         """The seconds of ``work`` by name, and all of them as "step"."""
@@ -91,17 +96,18 @@ def _measure(
     facts = CorpusFacts(vocab_size, 1.0, 1.0, 1.0, corpus.domains)
     recorder = Recorder(config, mesh, facts, RunFolder(folder), 0) if mesh.is_main else None
     _watch(meter, model, window, recorder)
+    load = meter.timed(loader.train, "load")
 
     def step(number: int) -> None:
         outputs = []
         for micro in range(accumulation):
-            outputs.append(engine.forward_backward(loader.train(number, micro)))
+            outputs.append(engine.forward_backward(load(number, micro)))
             model.commit_load()
         engine.step(config.optim.lr)
-        load, gauges = model.take_load(), model.take_gauges()
+        counts, gauges = model.take_load(), model.take_gauges()
         for output in outputs:
             window.add(output)
-        window.add_load(load, gauges)
+        window.add_load(counts, gauges)
 
     def line(number: int) -> None:
         means = window.reduce()

@@ -19,7 +19,7 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Contestant:
-    """``step`` is what is timed: forward and backward, gradients of the step before dropped outside of it by ``clear``.
+    """``step`` is what is timed: forward and backward; ``clear`` drops the gradients, outside of it.
 
     note: what sets it apart, such as tokens that it drops.
     """
@@ -43,8 +43,8 @@ def race(contestants: Sequence[Contestant], mesh: Mesh, rounds: int) -> dict[str
     samples: dict[str, list[Sample]] = {one.name: [] for one in contestants}
     for number in range(WARMUP + rounds):
         for one in contestants:
-            one.clear()
             sample = timed(one.step, mesh)
+            one.clear()
             if number >= WARMUP:
                 samples[one.name].append(sample)
     return samples
@@ -68,21 +68,25 @@ def most_of(number: float, mesh: Mesh) -> float:
     return float(gather_equal(mine, mesh.world_group).max())
 
 
-def bytes_sent(step: Callable[[], object]) -> int:
-    """By the exchanges of one step, from this rank to others."""
-    total, exchange = [0], dist.all_to_all_single
+def bytes_sent(one: Contestant, mesh: Mesh, ranks_per_node: int = 1) -> int:
+    """By the exchanges of one step, from this rank to those of other nodes. Collective."""
+    if mesh.world_size == 1:
+        return 0
+    total, exchange, node = [0], dist.all_to_all_single, mesh.rank // ranks_per_node
 
     def counted(output: torch.Tensor, input: torch.Tensor, *args: Any, **keys: Any) -> Any:
         sends = keys.get("input_split_sizes", args[1] if len(args) > 1 else None)
         group = keys.get("group", args[2] if len(args) > 2 else None)
-        blocks = input.split(sends) if sends else input.chunk(dist.get_world_size(group))
-        total[0] += sum(block.nbytes for rank, block in enumerate(blocks) if rank != dist.get_rank(group))
+        nodes = [rank // ranks_per_node for rank in dist.get_process_group_ranks(group)]
+        blocks = input.split(sends) if sends else input.chunk(len(nodes))
+        total[0] += sum(block.nbytes for to, block in zip(nodes, blocks, strict=True) if to != node)
         return exchange(output, input, *args, **keys)
 
     dist.all_to_all_single = counted
     try:
-        step()
+        one.step()
     finally:
+        one.clear()
         dist.all_to_all_single = exchange
     return total[0]
 

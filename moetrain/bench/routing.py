@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Routing = Literal["balanced", "natural", "zipf"]
+Routing = Literal["balanced", "natural", "zipf", "skewed"]
 ROUTINGS: tuple[Routing, ...] = ("balanced", "natural", "zipf")
 FIRST_LOGIT, LOGIT_STEP, BLUR = 6.0, 0.5, 0.1
 
@@ -29,9 +29,30 @@ def tokens_of(routing: Routing, gate_ED: Tensor, num_tokens: int, top_k: int, se
         return noise_TD
     choose = _even if routing == "balanced" else _zipf
     expert_TK = choose(num_tokens, num_experts, top_k, generator)
+    return _choosing(expert_TK, gate_ED) + BLUR * noise_TD
+
+
+def skewed_tokens(
+    gate_ED: Tensor, num_tokens: int, top_k: int, seed: int, *, num_local: int, num_hot: int, share: float
+) -> Tensor:
+    """fp32 [T, D]: a ``share`` of the tokens chooses of the first ``num_hot`` experts only, each equally often, and the
+    others of those after the first ``num_local``, which are another rank's.
+    """
+    (num_experts, dim), generator = gate_ED.shape, torch.Generator().manual_seed(seed)
+    num_skewed = round(share * num_tokens)
+    expert_TK = _even(num_skewed, num_hot, top_k, generator)
+    if num_skewed < num_tokens:
+        others_TK = num_local + _even(num_tokens - num_skewed, num_experts - num_local, top_k, generator)
+        expert_TK = torch.cat([expert_TK, others_TK])
+    return _choosing(expert_TK, gate_ED) + BLUR * torch.randn(num_tokens, dim, generator=generator)
+
+
+def _choosing(expert_TK: Tensor, gate_ED: Tensor) -> Tensor:
+    """Tokens that a gate sends to these experts, best first, [T, D]."""
+    num_tokens, top_k = expert_TK.shape
     logit_K = FIRST_LOGIT - LOGIT_STEP * torch.arange(top_k) * 2 / max(top_k, 2)
-    logit_TE = torch.zeros(num_tokens, num_experts).scatter_(1, expert_TK, logit_K.expand(num_tokens, -1))
-    return logit_TE @ gate_ED + BLUR * noise_TD
+    none_TE = torch.zeros(num_tokens, gate_ED.shape[0])
+    return none_TE.scatter_(1, expert_TK, logit_K.expand(num_tokens, -1)) @ gate_ED
 
 
 def _even(num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:

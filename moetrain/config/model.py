@@ -124,6 +124,8 @@ class ControlConfig:
     aux_step a window. target_drop: dropped share, to which capacity.factor_train is steered likewise. bias_decay_from:
     share of the run from which the selection bias's rate falls, linearly, to 0. revive_after_steps: so long without a
     token, and an expert is restarted from a busy one, revive_max times at most; noise over the weights' rms.
+    shadow_gain: share of a layer's time that must be saved, by the cost model, for experts of it to be lent to all
+    ranks of their EP group or taken back; at most shadow_max of a layer are.
     """
 
     target_max_vio: float | None = Field(default=None, gt=0)
@@ -138,3 +140,5 @@ class ControlConfig:
     revive_after_steps: int | None = Field(default=None, gt=0)
     revive_max: int = Field(default=3, ge=1)
     revive_noise: float = Field(default=0.4, gt=0)
+    shadow_gain: float | None = Field(default=None, gt=0, lt=1)
+    shadow_max: int = Field(default=8, ge=1)

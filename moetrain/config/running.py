@@ -66,6 +66,7 @@ class MachineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     timeout_s: int = Field(default=600, gt=0)
+    experts_kernel: Literal["torch", "triton"] = "torch"
     peak_tflops: float | None = Field(default=None, gt=0)
     allow_modules: list[str] = Field(default_factory=list)
 

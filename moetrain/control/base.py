@@ -20,7 +20,8 @@ BAND = 0.1
 class Seen:
     """The window that ended after ``step`` steps, over all ranks, so the same on every rank.
 
-    share: of the run that is done. num_steps: of the window. assigned_LE: assignments before dropping.
+    share: of the run that is done. num_steps: of the window. assigned_LE, kept_LE: assignments before dropping and
+    after it.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Seen:
     num_steps: int
     balance: Balance
     assigned_LE: NDArray[np.int64]
+    kept_LE: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from moetrain.control.base import Action, Controller, Seen
 from moetrain.control.bias_rate import BiasRate
 from moetrain.control.capacity import CapacityFactor
 from moetrain.control.revive import Revive
+from moetrain.control.shadow import Shadow
 from moetrain.engine import Engine
 from moetrain.models.block import is_moe_layer
 from moetrain.models.decoder import Decoder
@@ -37,7 +38,8 @@ class Control:
             return []
         balance = summarise(means.load, self._mesh.ep_size, self._layers)
         share = done / self._config.train.steps
-        seen = Seen(done, share, means.num_steps, balance, means.load.assigned_LE.numpy())
+        counts = means.load.assigned_LE.numpy(), means.load.kept_LE.numpy()
+        seen = Seen(done, share, means.num_steps, balance, *counts)
         return [action for one in self._controllers.values() for action in one.act(seen)]
 
     def numbers(self) -> dict[str, float]:
@@ -67,4 +69,6 @@ def _controllers(config: Config, model: Decoder, engine: Engine, mesh: Mesh) -> 
         found["bias"] = BiasRate(control.bias_decay_from, model, model.moe_layers()[0].router.bias_rate)
     if control.revive_after_steps is not None:
         found["revive"] = Revive(config, control.revive_after_steps, model, engine, mesh)
+    if control.shadow_gain is not None:
+        found["shadow"] = Shadow(config, control.shadow_gain, model, mesh)
     return found

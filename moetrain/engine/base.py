@@ -16,6 +16,9 @@ from moetrain.canonical import State
 from moetrain.config import OptimConfig
 from moetrain.types import Batch, ModelOutput
 
+MAX_BUCKET = 100_000_000
+"""Values that DeepSpeed reduces at once."""
+
 
 class Engine(Protocol):
     """Trains ``model``, which stays the unwrapped module.

@@ -30,6 +30,7 @@ from moetrain.canonical import State
 from moetrain.config import Config
 from moetrain.engine import zero
 from moetrain.engine.base import (
+    MAX_BUCKET,
     Engine,
     ExpertWatch,
     ParameterGroup,
@@ -46,7 +47,6 @@ from moetrain.types import Batch, ModelOutput
 
 NEVER = 2**62
 RENAMED = r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.\w+` instead"
-MAX_BUCKET = 100_000_000
 
 
 def make_deepspeed(config: Config, model: nn.Module, mesh: Mesh, accumulation: int) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -137,6 +138,11 @@ class Decoder(nn.Module):
         """Of the selection biases of all layers, from the next step on."""
         for layer in self.moe_layers():
             layer.router.bias_rate = value
+
+    def set_shadows(self, hot_L: Sequence[tuple[int, ...]]) -> None:
+        """Of each MoE layer the experts that are lent to all ranks of their EP group from the next step on."""
+        for layer, hot in zip(self.moe_layers(), hot_L, strict=True):
+            layer.shadows.put(hot)
 
     def expert_names(self) -> frozenset[str]:
         """Names of the parameters that are sharded over EP: stacked, dim 0 is the local expert."""

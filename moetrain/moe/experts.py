@@ -56,26 +56,34 @@ class Experts(nn.Module):
         draw.experts_(self.get_parameter(self.first_name), self.first_name, std, self.first_expert)
         draw.experts_(self.down, "down", std_out, self.first_expert)
 
-    def forward(self, sent: Dispatched) -> Tensor:
-        """For each copy that arrived, the weighted sum of what its experts make of it, [C, D]."""
+    def stacks(self) -> tuple[Tensor, ...]:
+        """The weights: first, down, and then, if there are any, the biases of either."""
+        names = [self.first_name, "down"]
+        return tuple(getattr(self, name) for name in names + self.has_bias * [f"{name}_bias" for name in names])
+
+    def forward(self, sent: Dispatched, stacks: tuple[Tensor, ...] | None = None) -> Tensor:
+        """For each copy that arrived, the weighted sum of what its experts make of it, [C, D]. stacks: the weights of
+        those experts, if they are not its own.
+        """
+        stacks = stacks or self.stacks()
         if sent.weight_on == "output":
-            return self._sums(sent)
+            return self._sums(sent, stacks)
         assert sent.weight_CK is not None
         rows, weight_R = sent.rows, weights_of_rows(sent.weight_CK, sent.rows)
         rows_RD = (rows_of_tokens(sent.x_CD, rows) * weight_R.unsqueeze(1)).to(sent.x_CD.dtype)
         one_each = replace(sent, x_CD=rows_RD, rows=one_row_each(rows_RD), weight_CK=None)
-        return tokens_of_rows(self._sums(one_each), None, rows)
+        return tokens_of_rows(self._sums(one_each, stacks), None, rows)
 
-    def _sums(self, sent: Dispatched) -> Tensor:
-        first, groups = getattr(self, self.first_name), (sent.ends_e, sent.rows_per_expert)
+    def _sums(self, sent: Dispatched, stacks: tuple[Tensor, ...]) -> Tensor:
+        (first, down, *biases), groups = stacks, (sent.ends_e, sent.rows_per_expert)
         if self.activation == Activation("swiglu") and not self.has_bias:
-            return self.kernels.experts(sent.x_CD, sent.weight_CK, sent.rows, first, self.down, *groups)
+            return self.kernels.experts(sent.x_CD, sent.weight_CK, sent.rows, first, down, *groups)
         hidden_RF = grouped_linear(rows_of_tokens(sent.x_CD, sent.rows), first, *groups)
-        if self.has_bias:
-            hidden_RF = add_grouped(hidden_RF, getattr(self, f"{self.first_name}_bias"), *groups)
-        y_RD = grouped_linear(self.activation(hidden_RF), self.down, *groups)
-        if self.has_bias:
-            y_RD = add_grouped(y_RD, self.down_bias, *groups)
+        if biases:
+            hidden_RF = add_grouped(hidden_RF, biases[0], *groups)
+        y_RD = grouped_linear(self.activation(hidden_RF), down, *groups)
+        if biases:
+            y_RD = add_grouped(y_RD, biases[1], *groups)
         return tokens_of_rows(y_RD, sent.weight_CK, sent.rows)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from moetrain.moe.dispatch.base import Dispatcher, Trip
 from moetrain.types import Dispatched, Placement
 
+Beside = TypeVar("Beside")
+
 
 @dataclass(frozen=True)
-class Travelled:
+class Travelled(Generic[Beside]):
     """home: what came home of each part. arrived: what other ranks and this one sent here, of each part. aside: what
     was computed meanwhile.
     """
 
     home: list[Tensor]
     arrived: list[Dispatched]
-    aside: Tensor | None
+    aside: Beside
 
 
 def set_out(dispatcher: Dispatcher, x_TD: Tensor, placement: Placement) -> list[Trip]:
@@ -31,8 +34,8 @@ def set_out(dispatcher: Dispatcher, x_TD: Tensor, placement: Placement) -> list[
 
 
 def travel(
-    trips: Sequence[Trip], experts: Callable[[Dispatched], Tensor], aside: Callable[[], Tensor | None]
-) -> Travelled:
+    trips: Sequence[Trip], experts: Callable[[Dispatched], Tensor], aside: Callable[[], Beside]
+) -> Travelled[Beside]:
     """All trips to their end.
 
     ``aside`` is done while the first tokens travel. While experts work on one part, the next one and the results of the

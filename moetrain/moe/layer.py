@@ -5,6 +5,7 @@ other.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -21,11 +22,13 @@ from moetrain.moe.journey import set_out, travel
 from moetrain.moe.load import ExpertLoad
 from moetrain.moe.replay import Replay
 from moetrain.moe.routers.base import Router
+from moetrain.moe.shadow import Shadows
 from moetrain.moe.shared import SharedExperts
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import Kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.mesh import Mesh
+from moetrain.parallel.share import Loan, Stacks, take_loan
 from moetrain.parts import build
 from moetrain.types import Dispatched, LossTerms, MoEOutput, Placement, RouterInput, RouterSite, Routing
 
@@ -50,6 +53,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(config.experts, dim, expert_dim, num_local, first_expert, mesh.device, kernels)
         shared = config.experts.num_shared > 0
         self.shared = SharedExperts(config.experts, dim, expert_dim, mesh.device, kernels) if shared else None
+        self.shadows = Shadows(num_experts, mesh)
         self.balance = Balance(config.balance, num_experts, mesh)
         self.load = ExpertLoad(num_experts, mesh.device)
         self.gauges, self.observed = LayerGauges(), Observed()
@@ -72,20 +76,18 @@ class MoELayer(nn.Module):
         chosen = self.router(RouterInput(x_TD, tokens_BS), replay)
         self._judge(chosen)
         placement = self.capacity(chosen, num_sequences, replay)
-        trips = set_out(self.dispatcher, through(x_TD, "route", "dispatch"), placement)
+        travels, stays = self.shadows.split(x_TD, placement)
+        trips = set_out(self.dispatcher, through(x_TD, "route", "dispatch"), travels)
+        loan = self.shadows.lend(self.experts)
         self.timeline.mark("route")
         losses = self._observe(placement, num_sequences, domain_BS)
         self.timeline.mark("dispatch")
-        done = travel(trips, self._work, lambda: self._aside(x_TD))
+        work = partial(self._work, None if loan is None else loan.own)
+        done = travel(trips, work, lambda: (self._near(stays, loan), self._shared(x_TD)))
         if self.training:
-            self.gauges.record(placement, done.arrived, num_sequences)
+            self.gauges.record(placement, done.arrived if stays is None else [*done.arrived, stays], num_sequences)
         out_TD = through(self.dispatcher.join(done.home), "combine", "rest")
-        if (identity_T := placement.routing.identity_T) is not None:
-            out_TD = out_TD + (identity_T.unsqueeze(1) * x_TD).to(x_TD.dtype)
-        if self.shared is not None:
-            assert done.aside is not None
-            out_TD = self.shared.join(out_TD, done.aside)
-        return MoEOutput(out_TD, losses)
+        return MoEOutput(self._whole(out_TD, *done.aside, x_TD, placement.routing.identity_T), losses)
 
     def _observe(self, placement: Placement, num_sequences: int, domain_BS: Tensor | None) -> LossTerms:
         """Count, and judge, what was routed."""
@@ -95,17 +97,38 @@ class MoELayer(nn.Module):
                 self.domains.record(placement.routing, domain_BS)
         return self.balance(placement.routing, num_sequences, self.load.pending_2E[0])
 
-    def _work(self, sent: Dispatched) -> Tensor:
-        """The experts' part of a trip."""
+    def _work(self, stacks: Stacks | None, sent: Dispatched) -> Tensor:
+        """The experts' part of a trip. stacks: their weights, where some of them are lent."""
         sent = replace(sent, x_CD=self.timeline.through(sent.x_CD, "dispatch", "experts"))
-        return self.timeline.through(self.experts(sent), "experts", "combine")
+        sums_CD = self.experts(sent) if stacks is None else self.experts(sent, stacks)
+        return self.timeline.through(sums_CD, "experts", "combine")
 
-    def _aside(self, x_TD: Tensor) -> Tensor | None:
-        """What is done while tokens travel."""
+    def _near(self, stays: Dispatched | None, loan: Loan | None) -> Tensor | None:
+        """What hot experts make of tokens that stay where they are, while others travel."""
+        if stays is None or loan is None:
+            return None
+        stays = replace(stays, x_CD=self.timeline.through(stays.x_CD, "dispatch", "experts"))
+        return self.timeline.through(self.experts(stays, take_loan(loan)), "experts", "dispatch")
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        """What shared experts do, while tokens travel."""
         if self.shared is None:
             return None
         through = self.timeline.through
         return through(self.shared(through(x_TD, "dispatch", "rest")), "rest", "dispatch")
+
+    def _whole(
+        self, out_TD: Tensor, near_TD: Tensor | None, shared_TD: Tensor | None, x_TD: Tensor, identity_T: Tensor | None
+    ) -> Tensor:
+        """What came home, and whatever else there is."""
+        if near_TD is not None:
+            out_TD = out_TD + near_TD
+        if identity_T is not None:
+            out_TD = out_TD + (identity_T.unsqueeze(1) * x_TD).to(x_TD.dtype)
+        if self.shared is not None:
+            assert shared_TD is not None
+            out_TD = self.shared.join(out_TD, shared_TD)
+        return out_TD
 
     def _judge(self, routing: Routing) -> None:
         """The first routing of some tokens, once: a router of one's own may break its contract. Raises ValueError."""

@@ -83,6 +83,7 @@ CHARTS = (
     Chart("Coefficient of the balance loss, as steered", (Curve("control/balance_coef", "in force"),), floor=0.0),
     Chart("Capacity factor, as steered", (Curve("control/capacity_factor", "in force"),), floor=0.0),
     Chart("Experts restarted so far", (Curve("control/restarts", "all layers"),), floor=0.0),
+    Chart("Experts lent to all ranks", (Curve("control/shadowed", "all layers"),), floor=0.0),
     Chart("Largest router logit, worst layer", (Curve("balance/logit_max", "logit"),)),
     Chart("Gradient norm", (Curve("train/grad_norm", "before clipping"),), floor=0.0),
     Chart("Throughput, tokens/s", (Curve("perf/tokens_per_second", "all ranks"),), floor=0.0),

@@ -33,15 +33,17 @@ def measure_memory(engine: HoldsState, mesh: Mesh) -> tuple[RankMemory, ...]:
     """Of all ranks, in order of rank. Collective.
 
     weights: of the model as it lies in memory (under ZeRO 3, where it is empty between steps, this rank's share);
-    masters kept beside rounded weights and the optimiser's moments are ``optimizer``; gradients: one fp32 value for
-    each value of ``weight/*`` in the state.
+    masters that are not the weights' own memory and the optimiser's moments are ``optimizer``; gradients: one fp32
+    value for each value of ``weight/*`` in the state.
     """
     held = engine.state().held
     masters = sum(piece.values_X.nbytes for piece in held if piece.key.startswith("weight/"))
     value = next(engine.model.parameters()).element_size()
     weights = max(sum(p.numel() for p in engine.model.parameters()) * value, masters // 4 * value)
     moments = sum(piece.values_X.nbytes for piece in held if piece.key.startswith("optimizer/"))
-    apart = masters if any(p.dtype != torch.float32 for p in engine.model.parameters()) else 0
+    own = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    pieces = [piece.values_X for piece in held if piece.key.startswith("weight/")]
+    apart = sum(values.nbytes for values in pieces if values.untyped_storage().data_ptr() not in own)
     row = torch.tensor([weights, masters, moments + apart, peak_bytes(mesh.device)], device=mesh.device)
     rows = gather_equal(row, mesh.world_group).tolist()
     return tuple(RankMemory(rank, *numbers) for rank, numbers in enumerate(rows))

@@ -66,6 +66,7 @@ class Recorder:
         self._wandb = self._open_wandb() if config.monitor.wandb != "off" else None
         self._status = Status(start, config.train.steps)
         self._skipped = 0
+        self._shadows: dict[object, str] = {}
         self._started = perf_counter()
         self._first, self._windows = start, 0
         self._seconds = self._steady_seconds = 0.0
@@ -117,7 +118,11 @@ class Recorder:
         self._end_window(means, phases)
 
     def event(self, done: int, kind: str, message: str, data: Mapping[str, object]) -> None:
-        """Something that happened after step ``done``; see moetrain.monitor.events."""
+        """Something that happened after step ``done``; see moetrain.monitor.events. What the cost model of shadows says
+        of a layer is told in the report too, the latest of it.
+        """
+        if data.get("what") in ("rates", "shadows"):
+            self._shadows[data.get("layer")] = f"step {done}: {message}"
         self._files.events.write(done, kind, message, data)
 
     def alarm(self, done: int, message: str) -> None:
@@ -153,6 +158,7 @@ class Recorder:
             notes.append(lost)
         if self._skipped:
             notes.append(f"{self._skipped} steps were skipped: see {self._folder.events}")
+        notes += self._shadows.values()
         if self._last is None:
             print(f"nothing to do: {self._folder.path} has done all {self._first} steps")
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,33 +17,44 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.grouped_swiglu import grouped_swiglu
-from moetrain.ops.loop_swiglu import loop_swiglu, weight_gradient
+from moetrain.ops.loop_swiglu import Gemm, loop_swiglu
+from moetrain.ops.triton_swiglu import has_triton, triton_swiglu
 from moetrain.types import RowMap
 
 GemmName = Literal["torch", "onednn"]
+ExpertsName = Literal["loop", "grouped_mm", "triton"]
 PROBE_SIZE, PROBE_ROUNDS, CLEAR_GAIN = 512, 5, 1.15
-Gemm = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """linear: [..., I] x [O, I] -> [..., O]. experts: SwiGLU on what arrived, (x_CD, weight_CK, rows, gate_up_eFD, down_eDF,
-    ends_e, rows_per_expert) -> [C, D], as ``experts_plain``.
+    """linear: [..., I] x [O, I] -> [..., O]. experts: SwiGLU on what arrived, (x_CD, weight_CK, rows, gate_up_eFD,
+    down_eDF, ends_e, rows_per_expert) -> [C, D], as ``experts_plain``.
     """
 
     gemm_name: GemmName
+    experts_name: ExpertsName
     linear: Callable[[Tensor, Tensor], Tensor]
     experts: Callable[[Tensor, Tensor | None, RowMap, Tensor, Tensor, Tensor, int | None], Tensor]
 
 
-def make_kernels(device: torch.device, gemm_name: GemmName) -> Kernels:
-    """The kernels of a device. On a CPU experts are taken one by one, elsewhere by one grouped product."""
+def make_kernels(device: torch.device, gemm_name: GemmName, experts: Literal["torch", "triton"] = "torch") -> Kernels:
+    """The kernels of a device. On a CPU experts are taken one by one, elsewhere by torch's grouped product or, if asked
+    for, by Triton kernels that gather tokens where they are read.
+    """
+    if experts == "triton":
+        assert has_triton(), "rules.layout lets nobody ask for what is not there"
+        return Kernels("torch", "triton", torch.nn.functional.linear, triton_swiglu)
     if device.type != "cpu":
-        return Kernels("torch", torch.nn.functional.linear, grouped_swiglu)
+        return torch_kernels()
     if gemm_name == "torch":
-        gemm = torch.nn.functional.linear
-        return Kernels("torch", gemm, lambda *args: loop_swiglu(gemm, *args))
-    return Kernels("onednn", onednn_linear, lambda *args: loop_swiglu(onednn_gemm, *args))
+        return Kernels("torch", "loop", torch.nn.functional.linear, partial(loop_swiglu, torch_gemm))
+    return Kernels("onednn", "loop", onednn_linear, partial(loop_swiglu, onednn_gemm))
+
+
+def torch_kernels() -> Kernels:
+    """Torch's own products throughout, experts by its grouped one: those of an accelerator, which work on a CPU too."""
+    return Kernels("torch", "grouped_mm", torch.nn.functional.linear, grouped_swiglu)
 
 
 def fastest_gemm(device: torch.device) -> GemmName:
@@ -50,7 +62,7 @@ def fastest_gemm(device: torch.device) -> GemmName:
     if device.type != "cpu" or not has_onednn():
         return "torch"
     x = torch.ones(PROBE_SIZE, PROBE_SIZE)
-    gain = _seconds(torch.nn.functional.linear, x) / _seconds(onednn_gemm, x)
+    gain = _seconds(torch_gemm, x) / _seconds(onednn_gemm, x)
     return "onednn" if gain > CLEAR_GAIN else "torch"
 
 
@@ -59,12 +71,25 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def onednn_gemm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """``a b^T`` in exact fp32; either may be a transposed view. Other dtypes go the common way, which is oneDNN
-    already.
-    """
+def torch_gemm(a_MK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a b^T``; either may be a transposed view."""
+    return torch.mm(a_MK, b_NK.t(), out=out)
+
+
+def onednn_gemm(a_MK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same in exact fp32. Other dtypes go the common way, which is oneDNN already."""
     if a_MK.dtype != torch.float32 or a_MK.numel() == 0 or b_NK.numel() == 0:
-        return torch.nn.functional.linear(a_MK, b_NK)
+        return torch_gemm(a_MK, b_NK, out)
+    if (
+        a_MK.stride(0) == 1 and a_MK.shape[0] > b_NK.shape[0]
+    ):  # a transposed left factor is copied: let it be the narrower
+        product_MN = _pointwise(b_NK, a_MK).t()
+    else:
+        product_MN = _pointwise(a_MK, b_NK)
+    return product_MN if out is None else out.copy_(product_MN)
+
+
+def _pointwise(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
     return out
 
@@ -85,7 +110,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x_RI, weight_OI = ctx.saved_tensors
         grad_RO = grads[0].contiguous()
-        return onednn_gemm(grad_RO, weight_OI.t()), weight_gradient(onednn_gemm, grad_RO, x_RI)
+        return onednn_gemm(grad_RO, weight_OI.t()), onednn_gemm(grad_RO.t(), x_RI.t())
 
 
 def _seconds(gemm: Gemm, x: Tensor) -> float:

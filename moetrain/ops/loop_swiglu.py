@@ -7,8 +7,7 @@ expert.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +16,11 @@ from moetrain.ops.permute import of_assignments, plain_sum, weighted_sum, weight
 from moetrain.ops.swiglu import swiglu, swiglu_backward
 from moetrain.types import RowMap
 
-Gemm = Callable[[Tensor, Tensor], Tensor]
+
+class Gemm(Protocol):
+    """``a b^T``, written to ``out`` where one is given."""
+
+    def __call__(self, a_MK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 def loop_swiglu(
@@ -30,7 +33,7 @@ def loop_swiglu(
     ends_e: Tensor,
     rows_per_expert: int | None,
 ) -> Tensor:
-    """What ``experts_plain`` gives, [C, D]; ``gemm(a, b)`` is ``a b^T``."""
+    """What ``experts_plain`` gives, [C, D]."""
     if rows_per_expert is None:
         sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
     else:
@@ -56,7 +59,7 @@ class _LoopSwiglu(torch.autograd.Function):
         blocks = zip(token_R.split(sizes), y_RD.split(sizes), gate_up_eFD, down_eDF, strict=True)
         for of_R, out_RD, gate_up_FD, down_DF in blocks:
             h_RF = gemm(x_CD.index_select(0, of_R), gate_up_FD)
-            out_RD.copy_(gemm(swiglu(h_RF), down_DF))
+            gemm(swiglu(h_RF), down_DF, out_RD)
             hidden.append(h_RF)
         ctx.gemm, ctx.sizes, ctx.rows = gemm, sizes, rows
         ctx.save_for_backward(x_CD, weight_CK, gate_up_eFD, down_eDF, *hidden)
@@ -75,18 +78,9 @@ class _LoopSwiglu(torch.autograd.Function):
             dy_RD = grads[0].index_select(0, of_R)
             da_RF = gemm(dy_RD, down_eDF[e].t())
             act_RF, dh_RF, dot_R = swiglu_backward(hidden[e], da_RF, weights[e])
-            grad_down[e] = weight_gradient(gemm, dy_RD, act_RF)
-            grad_gate_up[e] = weight_gradient(gemm, dh_RF, x_CD.index_select(0, of_R))
-            dx_RD.copy_(gemm(dh_RF, gate_up_eFD[e].t()))
+            gemm(dy_RD.t(), act_RF.t(), grad_down[e])
+            gemm(dh_RF.t(), x_CD.index_select(0, of_R).t(), grad_gate_up[e])
+            gemm(dh_RF, gate_up_eFD[e].t(), dx_RD)
             dots += [] if dot_R is None else [dot_R]
         grad_weight_CK = of_assignments(torch.cat(dots), rows) if dots else None
         return None, None, None, plain_sum(grad_RD, rows), grad_weight_CK, grad_gate_up, grad_down
-
-
-def weight_gradient(gemm: Gemm, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
-    """``grad^T x``, [O, I]. The left factor of a product is copied where it is a transposed view: let that be the
-    narrower.
-    """
-    if grad_RO.shape[1] > x_RI.shape[1]:
-        return gemm(x_RI.t(), grad_RO.t()).t()
-    return gemm(grad_RO.t(), x_RI.t())

@@ -61,25 +61,27 @@ def of_assignments(value_R: Tensor, rows: RowMap) -> Tensor:
 
 def plain_sum(y_RD: Tensor, rows: RowMap) -> Tensor:
     """``tokens_of_rows`` without weights, outside of autograd."""
-    return weighted_sum(y_RD, torch.ones(rows.row_TK.shape, device=y_RD.device), rows)
+    ones_TK = torch.ones(rows.row_TK.shape, dtype=y_RD.dtype, device=y_RD.device)
+    return _sums(y_RD, ones_TK, rows)
 
 
 def weighted_sum(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
-    """``tokens_of_rows`` outside of autograd."""
+    """``tokens_of_rows`` outside of autograd. A bag adds up in fp32, but its weights have the dtype of its rows."""
+    return _sums(y_RD.float(), weight_TK.float(), rows).to(y_RD.dtype)
+
+
+def _sums(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
     (num_rows, dim), row_TK = y_RD.shape, rows.row_TK
     if num_rows == 0:
         return y_RD.new_zeros(row_TK.shape[0], dim)
     if rows.is_sparse:
-        return _weighted_sum_of_few(y_RD, weight_TK, rows)
+        return _sums_of_few(y_RD, weight_TK, rows)
     weight_TK = weight_TK.masked_fill(row_TK >= num_rows, 0.0)
     row_TK = row_TK.clamp(max=num_rows - 1)
-    if y_RD.dtype == torch.float32:
-        return torch.nn.functional.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weight_TK)
-    picked_TKD = y_RD.index_select(0, row_TK.reshape(-1)).view(*row_TK.shape, dim)
-    return torch.einsum("tkd,tk->td", picked_TKD.float(), weight_TK).to(y_RD.dtype)
+    return torch.nn.functional.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=weight_TK)
 
 
-def _weighted_sum_of_few(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
+def _sums_of_few(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tensor:
     """Rows in order of their assignments, each token's by its choices; a bag after the last token takes empty rows."""
     num_rows = y_RD.shape[0]
     assignment_R, order_R = rows.assignment_R.sort(stable=True)
@@ -87,10 +89,9 @@ def _weighted_sum_of_few(y_RD: Tensor, weight_TK: Tensor, rows: RowMap) -> Tenso
     ends_T = (rows.row_TK < num_rows).sum(1).cumsum(0)
     offsets = torch.cat([ends_T.new_zeros(1), ends_T, ends_T.new_full((1,), num_rows)])
     bags = torch.nn.functional.embedding_bag(
-        order_R, y_RD.float(), offsets, mode="sum", per_sample_weights=weight_R.float(), include_last_offset=True
+        order_R, y_RD, offsets, mode="sum", per_sample_weights=weight_R, include_last_offset=True
     )
-    # a copy: autograd forbids changing in place what a Function returns as a view
-    return bags[:-1].to(y_RD.dtype, copy=True)
+    return bags[:-1].clone()  # autograd forbids changing in place what a Function returns as a view
 
 
 class _Spread(torch.autograd.Function):

@@ -10,7 +10,19 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Phase = Literal["rest", "route", "dispatch", "exchange", "experts", "combine", "attention", "vocabulary", "update"]
+Phase = Literal[
+    "rest",
+    "route",
+    "dispatch",
+    "exchange",
+    "experts",
+    "combine",
+    "attention",
+    "vocabulary",
+    "update",
+    "data",
+    "metrics",
+]
 
 
 class Clock(Protocol):

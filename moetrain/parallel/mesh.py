@@ -4,12 +4,16 @@ The whole world is data parallel. EP groups are consecutive ranks, so that exper
 that is possible; expert-data-parallel groups, which hold replicas of the same experts, are strided::
 
     ranks 0..7, ep_size 4:   EP groups [0 1 2 3] [4 5 6 7]     expert-DP groups [0 4] [1 5] [2 6] [3 7]
+
+An EP group that lies on several nodes can be crossed in two hops, along a rail to another node and then within it::
+
+    nodes of 2 ranks:        rails [0 2] [1 3] [4 6] [5 7]     nodes [0 1] [2 3] [4 5] [6 7]
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -22,8 +26,19 @@ from moetrain.types import ConfigError, Problem
 
 
 @dataclass(frozen=True)
+class Hop:
+    """A way to ``num_places``, each of which has one rank in ``group``; this rank is the one of ``place``."""
+
+    group: ProcessGroup | None
+    num_places: int
+    place: int
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """This rank's place. Groups are None when there is one process and no process group."""
+    """This rank's place. Groups are None when there is one process and no process group. timeout: theirs, None being
+    torch's own.
+    """
 
     rank: int
     world_size: int
@@ -32,6 +47,8 @@ class Mesh:
     world_group: ProcessGroup | None = None
     ep_group: ProcessGroup | None = None
     expert_dp_group: ProcessGroup | None = None
+    timeout: timedelta | None = None
+    _by_node: dict[int, tuple[Hop, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def ep_rank(self) -> int:
@@ -40,6 +57,22 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hop(self) -> Hop:
+        """To any rank of the EP group at once."""
+        return Hop(self.ep_group, self.ep_size, self.ep_rank)
+
+    def hops_by_node(self, ranks_per_node: int) -> tuple[Hop, ...]:
+        """To any rank of the EP group by way of the rank in this one's place on its node; that of ``hop`` where an EP
+        group is within a node, or a node is one rank. Groups are made when they are first asked for. Collective over
+        the world.
+
+        Raises ConfigError if ranks ask for different ones.
+        """
+        if ranks_per_node not in self._by_node:
+            self._by_node[ranks_per_node] = _cut_by_node(self, ranks_per_node)
+        return self._by_node[ranks_per_node]
 
 
 def choose_device(machine: MachineConfig) -> torch.device:
@@ -77,10 +110,7 @@ def init_mesh(ep_size: int, machine: MachineConfig) -> Mesh:
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
-    asked = gather_texts(str(ep_size), dist.group.WORLD)
-    if len(set(asked)) > 1:  # groups made of them would wait for each other
-        reason = f"ranks were started with different ones: {', '.join(asked)}"
-        raise ConfigError([Problem("engine.ep_size", ep_size, reason, "give every host the same words")])
+    _agree("engine.ep_size", ep_size, dist.group.WORLD, "give every host the same words")
     return mesh_of_world(ep_size, device, timeout)
 
 
@@ -91,7 +121,32 @@ def mesh_of_world(ep_size: int, device: torch.device, timeout: timedelta | None 
     ranks = torch.arange(world_size).view(-1, ep_size)
     ep_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
     expert_dp_group, _ = dist.new_subgroups_by_enumeration(ranks.t().tolist(), timeout=timeout)
-    return Mesh(rank, world_size, ep_size, device, dist.group.WORLD, ep_group, expert_dp_group)
+    return Mesh(rank, world_size, ep_size, device, dist.group.WORLD, ep_group, expert_dp_group, timeout)
+
+
+def _cut_by_node(mesh: Mesh, ranks_per_node: int) -> tuple[Hop, ...]:
+    if mesh.world_group is None:
+        return (mesh.hop,)
+    fix = "start as many ranks on every host, or choose dispatch=dedup"
+    _agree("dispatch.ranks_per_node", ranks_per_node, mesh.world_group, fix)
+    num_nodes, rest = divmod(mesh.ep_size, ranks_per_node)
+    if ranks_per_node == 1 or num_nodes <= 1:
+        return (mesh.hop,)
+    assert rest == 0, "rules.layout lets no other node reach this"
+    ranks = torch.arange(mesh.world_size).view(-1, num_nodes, ranks_per_node)
+    rails, nodes = ranks.transpose(1, 2).reshape(-1, num_nodes), ranks.view(-1, ranks_per_node)
+    rail_group, _ = dist.new_subgroups_by_enumeration(rails.tolist(), timeout=mesh.timeout)
+    node_group, _ = dist.new_subgroups_by_enumeration(nodes.tolist(), timeout=mesh.timeout)
+    node, place = divmod(mesh.ep_rank, ranks_per_node)
+    return Hop(rail_group, num_nodes, node), Hop(node_group, ranks_per_node, place)
+
+
+def _agree(field: str, value: int, group: ProcessGroup | None, fix: str) -> None:
+    """Groups made of different values would wait for each other."""
+    asked = gather_texts(str(value), group)
+    if len(set(asked)) > 1:
+        reason = f"ranks were started with different ones: {', '.join(asked)}"
+        raise ConfigError([Problem(field, value, reason, fix)])
 
 
 def bound_groups(machine: MachineConfig) -> None:

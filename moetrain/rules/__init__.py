@@ -10,7 +10,10 @@ from typing import Any
 from moetrain.rules import capacity, control, data, depth, layout, shapes
 from moetrain.types import Problem
 
-STEERED = tuple(f"control.{key}" for key in ("target_max_vio", "target_drop", "bias_decay_from", "revive_after_steps"))
+STEERED = tuple(
+    f"control.{key}"
+    for key in ("target_max_vio", "target_drop", "bias_decay_from", "revive_after_steps", "shadow_gain")
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ RULES = (
         ("capacity.factor_train", "capacity.factor_eval", "capacity.renormalise"), capacity.renormalised_under_a_limit
     ),
     Rule(("dispatch._target_", "engine.ep_size", "experts.num_experts", "world"), layout.local_needs_all_experts),
+    Rule(("dispatch.ranks_per_node", "engine.ep_size", "experts.num_experts", "world"), layout.nodes_of_ep_group),
     Rule(("balance.num_devices", "experts.num_experts"), shapes.devices_of_experts),
     Rule(("balance.devices_per_token", "balance.num_devices"), shapes.devices_a_token_reaches),
     Rule(("control.aux_min", "control.aux_max"), partial(control.bounds_in_order, name="aux")),
@@ -81,11 +85,20 @@ RULES = (
     Rule(("control.target_drop", "capacity.factor_train", "capacity.slots_train"), control.capacity_to_steer),
     Rule(("control.bias_decay_from", "router.traits"), control.bias_to_decay),
     Rule(("control.revive_after_steps", "router.traits"), control.experts_to_revive),
+    Rule(
+        ("control.shadow_gain", "engine.ep_size", "experts.num_experts", "world", "run.elastic"),
+        control.experts_to_shadow,
+    ),
+    Rule(("control.shadow_gain", "dispatch._target_", "engine.zero_stage"), control.weights_to_shadow),
     Rule(("train.checkpoint_every", "monitor.log_every", *STEERED), control.saved_with_a_window),
     Rule(("debug.collapsed_router", "router.traits"), control.router_to_collapse),
     Rule(("debug.collapsed_router", "router.logit_bias"), control.bias_to_collapse),
     Rule(("monitor.gradient_ratio_every", "monitor.log_every", "engine.zero_stage"), control.gradients_to_compare),
     Rule(("machine.device",), layout.device_present),
+    Rule(
+        ("machine.experts_kernel", "machine.device", "experts.activation", "experts.activation_limit", "experts.bias"),
+        layout.triton_for_experts,
+    ),
     Rule(("data.source", "data.path"), data.data_at_path),
     Rule(("data.tokenizer",), data.tokenizer_found),
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from moetrain.rules.layout import PADDED
 from moetrain.types import Problem, RouterTraits
 
 GATE_BIAS = "gate_bias"
@@ -48,6 +51,27 @@ def experts_to_revive(revive_after_steps: int | None, traits: RouterTraits) -> P
     return Problem("control.revive_after_steps", revive_after_steps, reason, "set control.revive_after_steps=null")
 
 
+def experts_to_shadow(
+    shadow_gain: float | None, ep_size: int | None, num_experts: int, world: int, elastic: bool
+) -> Problem | None:
+    if shadow_gain is None or (ep_size or math.gcd(world, num_experts)) > 1 or elastic:
+        return None
+    reason = "every rank holds all experts (engine.ep_size = 1), so that there is nobody to lend them to"
+    return Problem("control.shadow_gain", shadow_gain, reason, "set control.shadow_gain=null, or engine.ep_size=2")
+
+
+def weights_to_shadow(shadow_gain: float | None, target: str, zero_stage: int) -> Problem | None:
+    if shadow_gain is None:
+        return None
+    if target == PADDED:
+        reason = "the padded dispatcher sends the slots of an expert also if nothing is in them"
+        return Problem("control.shadow_gain", shadow_gain, reason, "choose dispatch=dedup")
+    if zero_stage == 3:
+        reason = "engine.zero_stage = 3 leaves no rank with a whole expert to lend"
+        return Problem("control.shadow_gain", shadow_gain, reason, "set engine.zero_stage=2")
+    return None
+
+
 def saved_with_a_window(
     checkpoint_every: int,
     log_every: int,
@@ -55,8 +79,9 @@ def saved_with_a_window(
     target_drop: float | None,
     bias_decay_from: float | None,
     revive_after_steps: int | None,
+    shadow_gain: float | None,
 ) -> Problem | None:
-    steered = (target_max_vio, target_drop, bias_decay_from, revive_after_steps)
+    steered = (target_max_vio, target_drop, bias_decay_from, revive_after_steps, shadow_gain)
     if checkpoint_every % log_every == 0 or all(key is None for key in steered):
         return None
     near = -(-checkpoint_every // log_every) * log_every

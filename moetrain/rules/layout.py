@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from moetrain.types import Problem, RouterTraits
 
+ALLTOALL = "moetrain.moe.dispatch.alltoall.AllToAllDispatcher"
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
 PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
 SIZES = ("engine.ep_size", "experts.num_experts", "train.micro_batch", "train.global_batch")
@@ -123,6 +125,28 @@ def local_needs_all_experts(target: str, ep_size: int | None, num_experts: int, 
     return Problem("engine.ep_size", ep_size, reason, "set engine.ep_size=1, or choose dispatch=alltoall")
 
 
+def ranks_of_node(ranks_per_node: int | None) -> int:
+    """``dispatch.ranks_per_node``; null: as many as torchrun has started on this host, 1 where it has not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks_per_node is None else ranks_per_node
+
+
+def nodes_of_ep_group(ranks_per_node: int | None, ep_size: int | None, num_experts: int, world: int) -> Problem | None:
+    field, ranks, common = "dispatch.ranks_per_node", ranks_of_node(ranks_per_node), math.gcd(world, num_experts)
+    if ranks < 1:
+        return Problem(
+            field, ranks_per_node, "a node has one rank at least", f"set {field}=null, or the ranks of a host"
+        )
+    size = ep_size or common
+    if size % ranks == 0 or ranks % size == 0:
+        return None
+    works = [one for one in range(1, common + 1) if common % one == 0 and (one % ranks == 0 or ranks % one == 0)]
+    reason = f"an EP group of {_ranks(size)} (engine.ep_size) is neither so many whole nodes nor an even part of one"
+    if ranks_per_node is None:
+        reason += f"; null means {ranks} here, which torchrun has started on this host"
+    fix = f"set engine.ep_size={' | '.join(map(str, works))}, or choose dispatch=dedup"
+    return Problem(field, ranks_per_node, reason, fix)
+
+
 def device_present(device: str) -> Problem | None:
     count, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "cpu" or (device == "auto" and count == 0) or 0 < ranks <= count:
@@ -131,6 +155,22 @@ def device_present(device: str) -> Problem | None:
         return Problem("machine.device", device, "torch sees no CUDA device here", "set machine.device=auto or cpu")
     reason = f"{ranks} ranks on this host, but torch sees {count} CUDA devices, and a device takes one rank"
     return Problem("machine.device", device, reason, f"start --nproc-per-node {count}, or set machine.device=cpu")
+
+
+def triton_for_experts(
+    kernel: str, device: str, activation: str, activation_limit: float | None, bias: bool
+) -> Problem | None:
+    if kernel != "triton":
+        return None
+    fix = "set machine.experts_kernel=torch"
+    if device == "cpu" or torch.cuda.device_count() == 0:
+        return Problem("machine.experts_kernel", kernel, "needs an accelerator, and there is none", fix)
+    if find_spec("triton") is None:
+        return Problem("machine.experts_kernel", kernel, "Triton is not installed", f"pip install triton, or {fix}")
+    if activation != "swiglu" or activation_limit is not None or bias:
+        reason = "has kernels for SwiGLU without limit and bias only"
+        return Problem("machine.experts_kernel", kernel, reason, fix)
+    return None
 
 
 def _ranks(world: int) -> str:

@@ -40,7 +40,7 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
-        """Every kept assignment's token to its expert, and the weighted sums [T, D] home; sums are sent in as [C, D]."""
+        """Every kept assignment's token to its expert, and weighted sums [T, D] home; sums are sent in as [C, D]."""
 
     def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
         """What travels apart, so that one part is on its way while another is computed; as many parts on every rank."""

@@ -23,6 +23,7 @@ from moetrain.ops.high_water import HighWater
 from moetrain.ops.kernels import make_kernels
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
 from moetrain.plan_memory import PlannedMemory, device_of, planned_memory, value_bytes
+from moetrain.plan_traffic import exchange_bytes
 from moetrain.types import Batch, ConfigError, Problem
 
 GIB = 2**30
@@ -88,8 +89,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     accumulation = train.global_batch // (world_size * train.micro_batch)
     num_moe = sum(share_through(model, i) for i in range(model.num_layers) if is_moe_layer(model, i))
     tokens = train.micro_batch * accumulation * model.context
-    copies = round(tokens * traits_of(config).experts_per_token) * model.dim * value_bytes(config)
-    exchange = round(4 * num_moe * copies * (ep_size - 1) / ep_size)
+    exchange = exchange_bytes(config, ep_size, num_moe * tokens)
     memory = planned_memory(dense, experts, world_size, ep_size, accumulation, config)
     return Plan(
         world_size,

@@ -103,6 +103,7 @@ RULES = [
     ({"model__first_dense": 2}, "model.first_dense", "no MoE layer", "model.first_dense=1"),
     ({"optim__warmup_steps": 4}, "optim.warmup_steps", "train.steps = 3", "optim.warmup_steps=3"),
     ({"engine__zero_stage": 1}, "engine.zero_stage", "plain torch", "engine=deepspeed"),
+    ({"dispatch__chunks": 0}, "dispatch.chunks", "one part at least", "dispatch.chunks=1"),
     ({"machine__experts_kernel": "triton"}, "machine.experts_kernel", "needs an accelerator", "experts_kernel=torch"),
     ({"dispatch___target_": PADDED}, "capacity.factor_train", "can't be dropless", "dispatch=alltoall"),
     (

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moetrain.moe.experts import one_row_each
 from moetrain.ops.grouped_swiglu import experts_plain, grouped_swiglu
 from moetrain.ops.init import Draw
-from moetrain.ops.kernels import fastest_gemm, has_onednn, make_kernels
+from moetrain.ops.kernels import LEAST_WORK, fastest_gemm, has_onednn, make_kernels, onednn_gemm, torch_gemm
+from moetrain.ops.loop_swiglu import loop_swiglu
 from moetrain.ops.permute import (
     rows_of_tokens,
     rows_of_tokens_plain,
@@ -193,7 +194,8 @@ def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
         elif kind == "grouped":
             out = grouped_swiglu(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
         else:
-            out = make_kernels(CPU, kind).experts(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
+            gemm = torch_gemm if kind == "torch" else onednn_gemm
+            out = loop_swiglu(gemm, x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
         (out.float() * torch.linspace(0, 1, 8)).sum().backward()
         results.append([out, x_CD.grad, gate_up_eFD.grad, down_eDF.grad])
         results[-1] += [] if weight_CK is None else [weight_CK.grad]
@@ -202,6 +204,17 @@ def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
         assert (ours - plain).float().norm() <= tolerance * plain.float().norm()
     for grad_OI, size in zip(results[0][2], sizes, strict=True):
         assert bool((grad_OI != 0).any()) == (size > 0)
+
+
+@pytest.mark.parametrize(("num_rows", "looped"), [(LEAST_WORK // (6 * 16 * 32) * 2 + 2, True), (100, False)])
+def test_experts_with_little_to_do_are_taken_together(num_rows: int, looped: bool) -> None:
+    """Two experts of D = 16, F = 32: six operations a row and number of theirs."""
+    x_RD = torch.randn(num_rows, 16, requires_grad=True)
+    stacks = torch.randn(2, 64, 16, requires_grad=True), torch.randn(2, 16, 32, requires_grad=True)
+    ends_e = torch.tensor([num_rows // 2, num_rows], dtype=torch.int32)
+    out_RD = make_kernels(CPU, "torch").experts(x_RD, None, one_row_each(x_RD), *stacks, ends_e, None)
+    assert out_RD.grad_fn is not None
+    assert (out_RD.grad_fn.name() == "_LoopSwigluBackward") == looped
 
 
 def test_linear_kernels_agree_and_the_probe_names_one_of_them() -> None:

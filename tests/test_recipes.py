@@ -58,6 +58,33 @@ def test_plan_by_hand() -> None:
     assert "EP 2" in describe(plan)
 
 
+def test_plan_knows_what_travels() -> None:
+    """Copies by expert, by rank, and by node and then by rank; rounded on the way or not. By hand, k = 8, EP 4."""
+    by_expert, by_rank = 8 * 3 / 4, 3 * (1 - 0.75**8)
+    by_node = 1 - 0.5**8 + 2 * (1 - 0.75**8)
+    for words, rows, num_bytes in (
+        (["dispatch=alltoall"], by_expert, 16),
+        (["dispatch=dedup"], by_rank, 16),
+        (["dispatch=dedup", "dispatch.payload=bf16"], by_rank, 8),
+        (["dispatch=alltoall", "dispatch.payload=fp8"], by_expert, 7 + 4 / 128),
+        (["dispatch=hierarchical", "dispatch.ranks_per_node=2"], by_node, 16),
+        (["dispatch=hierarchical", "dispatch.ranks_per_node=4"], by_rank, 16),
+    ):
+        config = compose(
+            [
+                "recipe=quickstart",
+                "engine.dtype=fp32",
+                "router.top_k=8",
+                "capacity=dropless",
+                "train.micro_batch=8",
+                *words,
+            ],
+            4,
+        )
+        tokens = config.train.global_batch // 4 * config.model.context * config.model.num_layers
+        assert make_plan(config, 4).exchange_bytes == pytest.approx(tokens * config.model.dim * rows * num_bytes), words
+
+
 def test_plan_says_when_starting_needs_more_than_training() -> None:
     """Under ZeRO 3 a rank's share is small, but the model is built whole before it is shared out."""
     config = compose(["recipe=mixtral_8x22b"])

@@ -32,13 +32,10 @@ from moetrain.ops.timeline import Timeline
 from moetrain.ops.triton_swiglu import has_triton
 from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh, weight_dtype
-from moetrain.rules.layout import PADDED, ranks_of_node
+from moetrain.rules.layout import ALLTOALL, DEDUP, HIERARCHICAL, PADDED, ranks_of_node
 from moetrain.types import ConfigError, Dispatched, Problem
 
 SPREAD = 0.02
-ALLTOALL = "moetrain.moe.dispatch.alltoall.AllToAllDispatcher"
-DEDUP = "moetrain.moe.dispatch.dedup.DedupDispatcher"
-HIERARCHICAL = "moetrain.moe.dispatch.hierarchical.HierarchicalDispatcher"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Of the largest entry of the output."""
 OTHER_CHOICE = {torch.float32: 0.0, torch.bfloat16: 0.02}

@@ -24,6 +24,8 @@ from moetrain.types import RowMap
 GemmName = Literal["torch", "onednn"]
 ExpertsName = Literal["loop", "grouped_mm", "triton"]
 PROBE_SIZE, PROBE_ROUNDS, CLEAR_GAIN = 512, 5, 1.15
+LEAST_WORK = 12_000_000
+"""FLOPs of an expert's forward, on average, below which a loop in Python costs more than a faster product gains."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,29 @@ def make_kernels(device: torch.device, gemm_name: GemmName, experts: Literal["to
     if device.type != "cpu":
         return torch_kernels()
     if gemm_name == "torch":
-        return Kernels("torch", "loop", torch.nn.functional.linear, partial(loop_swiglu, torch_gemm))
-    return Kernels("onednn", "loop", onednn_linear, partial(loop_swiglu, onednn_gemm))
+        return Kernels("torch", "loop", torch.nn.functional.linear, partial(_looped, torch_gemm))
+    return Kernels("onednn", "loop", onednn_linear, partial(_looped, onednn_gemm))
 
 
 def torch_kernels() -> Kernels:
     """Torch's own products throughout, experts by its grouped one: those of an accelerator, which work on a CPU too."""
     return Kernels("torch", "grouped_mm", torch.nn.functional.linear, grouped_swiglu)
+
+
+def _looped(
+    gemm: Gemm,
+    x_CD: Tensor,
+    weight_CK: Tensor | None,
+    rows: RowMap,
+    gate_up_eFD: Tensor,
+    down_eDF: Tensor,
+    ends_e: Tensor,
+    rows_per_expert: int | None,
+) -> Tensor:
+    """One by one, unless there is too little to do for each: which of the two, the shapes alone decide."""
+    experts = x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, rows_per_expert
+    work = 6 * rows.assignment_R.shape[0] * down_eDF[0].numel() / down_eDF.shape[0]
+    return loop_swiglu(gemm, *experts) if work >= LEAST_WORK else grouped_swiglu(*experts)
 
 
 def fastest_gemm(device: torch.device) -> GemmName:

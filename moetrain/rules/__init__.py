@@ -77,6 +77,7 @@ RULES = (
     ),
     Rule(("dispatch._target_", "engine.ep_size", "experts.num_experts", "world"), layout.local_needs_all_experts),
     Rule(("dispatch.ranks_per_node", "engine.ep_size", "experts.num_experts", "world"), layout.nodes_of_ep_group),
+    Rule(("dispatch.chunks",), layout.some_chunks),
     Rule(("balance.num_devices", "experts.num_experts"), shapes.devices_of_experts),
     Rule(("balance.devices_per_token", "balance.num_devices"), shapes.devices_a_token_reaches),
     Rule(("control.aux_min", "control.aux_max"), partial(control.bounds_in_order, name="aux")),

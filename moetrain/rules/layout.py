@@ -13,6 +13,8 @@ import torch
 from moetrain.types import Problem, RouterTraits
 
 ALLTOALL = "moetrain.moe.dispatch.alltoall.AllToAllDispatcher"
+DEDUP = "moetrain.moe.dispatch.dedup.DedupDispatcher"
+HIERARCHICAL = "moetrain.moe.dispatch.hierarchical.HierarchicalDispatcher"
 LOCAL = "moetrain.moe.dispatch.local.LocalDispatcher"
 PADDED = "moetrain.moe.dispatch.padded.PaddedDispatcher"
 SIZES = ("engine.ep_size", "experts.num_experts", "train.micro_batch", "train.global_batch")
@@ -145,6 +147,13 @@ def nodes_of_ep_group(ranks_per_node: int | None, ep_size: int | None, num_exper
         reason += f"; null means {ranks} here, which torchrun has started on this host"
     fix = f"set engine.ep_size={' | '.join(map(str, works))}, or choose dispatch=dedup"
     return Problem(field, ranks_per_node, reason, fix)
+
+
+def some_chunks(chunks: int) -> Problem | None:
+    if chunks >= 1:
+        return None
+    reason = "tokens travel in one part at least"
+    return Problem("dispatch.chunks", chunks, reason, "set dispatch.chunks=1, or more to overlap")
 
 
 def device_present(device: str) -> Problem | None:

@@ -60,8 +60,7 @@ class Sharded(Dispatcher):
         self, *, num_experts: int, mesh: Mesh, timeline: Timeline, payload: Payload = "exact", chunks: int = 1
     ) -> None:
         super().__init__(num_experts=num_experts, mesh=mesh, timeline=timeline)
-        if chunks < 1:
-            raise ValueError(f"chunks = {chunks}: a trip has one part at least. Fix: chunks=1")
+        assert chunks >= 1, "rules.layout lets nobody ask for less"
         self.payload, self.chunks = payload, chunks
 
     def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:

@@ -27,6 +27,7 @@ NEEDS = {
     "capacity=dropless": "dispatch=alltoall",
     "capacity=global": "dispatch=alltoall",
     "control=bias_decay": "router=moonlight",
+    "control=shadow": "run.elastic=true dispatch=dedup",
     "debug=collapsed_router": "router.logit_bias=true",
     **{f"router={name}": ANY_ROUTER for name in options("router")},
 }

@@ -267,7 +267,8 @@ def test_thinned_curves_keep_their_peaks_their_ends_and_their_gaps():
 def test_every_curve_is_a_metric_that_is_logged(runs):
     """A curve whose name nobody logs would be missing from every page without a word."""
     logged = read_history(runs / "healthy").series.keys() | {"train/own_loss"}
-    logged |= {"control/balance_coef", "control/capacity_factor", "control/restarts"}  # of controllers: test_control.py
+    # of controllers: test_control.py, test_shadow.py
+    logged |= {"control/balance_coef", "control/capacity_factor", "control/restarts", "control/shadowed"}
     logged |= domain_numbers(np.ones((1, 2, 4), dtype=np.int64), [0]).keys()
     assert {curve.name for chart in CHARTS for curve in chart.curves} <= logged
 

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "control/balance_coef",
     "control/capacity_factor",
     "control/restarts",
+    "control/shadowed",
     "balance/domain_divergence_mean",
     "time/exchange_seconds",
     "train/own_loss",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.bench.race import Contestant, bytes_sent
 from moetrain.moe.journey import set_out, travel
@@ -147,6 +148,39 @@ class Told(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.log.append(f"{ctx.name} backward")
         return grads[0], None, None
+
+
+def started_and_awaited(rank: int, world: int) -> tuple[list[str], list[str]]:
+    """All-to-alls of a layer in three chunks whose forward is computed again in backward."""
+    layer, log, number = layer_of(mesh_of_world(world, CPU), "dedup", chunks=3), [], [0]
+    plain = dist.all_to_all_single
+
+    def told(*args: Any, **keys: Any) -> Any:
+        number[0] += 1
+        return Work(plain(*args, **keys), str(number[0]), log)
+
+    dist.all_to_all_single = told
+    x_TD = torch.randn(TOKENS, 256, requires_grad=True)
+    out_TD = checkpoint(lambda x_TD: layer(x_TD, ids(x_TD, 2), Replay()).hidden_TD, x_TD, use_reentrant=False)
+    out_TD.sum().backward()
+    return [f"wait {i}" for i in range(1, number[0] + 1)], sorted(log, key=lambda line: int(line.split()[1]))
+
+
+def test_recompute_leaves_nothing_on_its_way() -> None:
+    """It stops in the experts of the last chunk, when the results of the others are on their way home."""
+    for started, awaited in run_ranks(2, started_and_awaited):
+        assert len(started) > 2 * 3 * 4
+        assert awaited == started
+
+
+def alone_in_its_group(rank: int, world: int) -> bool:
+    mesh = mesh_of_world(1, CPU)
+    rounded, exact = (passed(layer_of(mesh, "dedup", payload), rank)["y"] for payload in ("fp8", "exact"))
+    return bool((rounded == exact).all())
+
+
+def test_what_goes_nowhere_is_not_rounded() -> None:
+    assert run_ranks(2, alone_in_its_group) == [True, True]
 
 
 def order_of_events(rank: int, world: int, chunks: int) -> tuple[list[str], list[str]]:

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
-from moetrain.ops.kernels import torch_kernels
+from moetrain.ops.kernels import torch_gemm, torch_kernels
+from moetrain.ops.loop_swiglu import loop_swiglu
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import Dispatched, MoEOutput, RowMap
 from tests.ranks import run_ranks
@@ -115,8 +116,8 @@ def layer_of(dispatch: str, mesh: Mesh, grouped: bool, factor: float | None = No
         capacity__factor_train=factor,
     )
     layer = moe_layer(config, mesh)
-    if grouped:
-        layer.experts.kernels = torch_kernels()
+    kernels = torch_kernels()
+    layer.experts.kernels = kernels if grouped else replace(kernels, experts=partial(loop_swiglu, torch_gemm))
     return layer
 
 

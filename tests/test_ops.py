@@ -206,6 +206,14 @@ def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
         assert bool((grad_OI != 0).any()) == (size > 0)
 
 
+def test_no_slots_at_all_give_zero_gradients() -> None:
+    """A chunk of a padded exchange may have none."""
+    x_RD, ends_e = torch.zeros(0, 16, requires_grad=True), torch.zeros(2, dtype=torch.int32)
+    stacks = torch.randn(2, 64, 16, requires_grad=True), torch.randn(2, 16, 32, requires_grad=True)
+    grouped_swiglu(x_RD, None, one_row_each(x_RD), *stacks, ends_e, 0).sum().backward()
+    assert all(stack.grad is not None and not stack.grad.any() for stack in stacks)
+
+
 @pytest.mark.parametrize(("num_rows", "looped"), [(LEAST_WORK // (6 * 16 * 32) * 2 + 2, True), (100, False)])
 def test_experts_with_little_to_do_are_taken_together(num_rows: int, looped: bool) -> None:
     """Two experts of D = 16, F = 32: six operations a row and number of theirs."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from moetrain.moe.dispatch.base import Dispatcher, Trip
@@ -44,15 +45,27 @@ def travel(
     for trip in trips:
         next(trip)
     next(trips[0])
-    beside = aside()
-    arrived = []
-    for number, trip in enumerate(trips):
-        if number + 1 < len(trips):
-            next(trips[number + 1])
-        sent = _arrival(trip)
-        trip.send(experts(sent))
-        arrived.append(sent)
+    beside, arrived = aside(), list[Dispatched]()
+    try:
+        for number, trip in enumerate(trips):
+            if number + 1 < len(trips):
+                next(trips[number + 1])
+            sent = _arrival(trip)
+            trip.send(experts(sent))
+            arrived.append(sent)
+    except Exception:
+        _land(trips[: len(arrived)])
+        raise
     return Travelled([_end(trip) for trip in trips], arrived, beside)
+
+
+@torch.no_grad()
+def _land(trips: Sequence[Trip]) -> None:
+    """Wait for results that nobody needs: activation recompute stops where the last tensor that backward needs is there
+    again, and buffers must not go while something is on its way to them.
+    """
+    for trip in trips:
+        _end(trip)
 
 
 def _arrival(trip: Trip) -> Dispatched:

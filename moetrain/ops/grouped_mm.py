@@ -40,5 +40,5 @@ def grouped_outer(grad_RO: Tensor, x_RI: Tensor, ends_e: Tensor, rows_per_expert
     """
     if rows_per_expert is None:
         return torch.nn.functional.grouped_mm(grad_RO.t(), x_RI, offs=ends_e)
-    shape = ends_e.shape[0], rows_per_expert
-    return torch.bmm(grad_RO.view(*shape, -1).transpose(1, 2), x_RI.view(*shape, -1))
+    grad_eRO, x_eRI = (y_RX.view(ends_e.shape[0], rows_per_expert, y_RX.shape[1]) for y_RX in (grad_RO, x_RI))
+    return torch.bmm(grad_eRO.transpose(1, 2), x_eRI)

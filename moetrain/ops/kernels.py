@@ -1,4 +1,4 @@
-"""Which implementation of a matrix product this process uses: chosen once, when a model is built, and handed down.
+"""Which implementation of a matrix product this process uses: chosen when a model is built, and handed down.
 
 On an accelerator torch's own kernels are right. On a CPU torch sends fp32 products to MKL, which gives some processors
 less than half of their speed; oneDNN, which torch ships too, gives it whole. Which is faster here is found by a short
@@ -19,7 +19,7 @@ from torch import Tensor
 from moetrain.ops.grouped_swiglu import grouped_swiglu
 from moetrain.ops.loop_swiglu import Gemm, loop_swiglu
 from moetrain.ops.triton_swiglu import has_triton, triton_swiglu
-from moetrain.types import RowMap
+from moetrain.types import ConfigError, Problem, RowMap
 
 GemmName = Literal["torch", "onednn"]
 ExpertsName = Literal["loop", "grouped_mm", "triton"]
@@ -45,7 +45,9 @@ def make_kernels(device: torch.device, gemm_name: GemmName, experts: Literal["to
     for, by Triton kernels that gather tokens where they are read.
     """
     if experts == "triton":
-        assert has_triton(), "rules.layout lets nobody ask for what is not there"
+        if not has_triton():
+            reason, fix = "Triton finds no device that it can compile for", "set machine.experts_kernel=torch"
+            raise ConfigError([Problem("machine.experts_kernel", experts, reason, fix)])
         return Kernels("torch", "triton", torch.nn.functional.linear, triton_swiglu)
     if device.type != "cpu":
         return torch_kernels()
@@ -69,7 +71,9 @@ def _looped(
     ends_e: Tensor,
     rows_per_expert: int | None,
 ) -> Tensor:
-    """One by one, unless there is too little to do for each: which of the two, the shapes alone decide."""
+    """One by one, unless there is too little to do for each: by torch's grouped product then. The number of rows that
+    have come decides, so that a rank may round one way in one step and the other way in the next.
+    """
     experts = x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, rows_per_expert
     work = 6 * rows.assignment_R.shape[0] * down_eDF[0].numel() / down_eDF.shape[0]
     return loop_swiglu(gemm, *experts) if work >= LEAST_WORK else grouped_swiglu(*experts)

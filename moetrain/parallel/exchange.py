@@ -54,6 +54,7 @@ class _Line:
 
     def land(self, route: Route, dim: int, dtype: torch.dtype) -> Tensor:
         """Wait for what was launched along ``route``."""
+        assert self._work is not None, "nothing is on its way: it has landed already"
         self._work.wait()
         out_RD = decode(self._arriving, route.there, dim, dtype)
         self._work, self._sent, self._arriving = None, torch.empty(0), torch.empty(0)
@@ -89,7 +90,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ctx.line.launch(grads[0], ctx.route.back_home())
-        return grads[0], None, None
+        return grads[0].new_zeros(()).expand_as(grads[0]), None, None  # what arrives is in the line
 
 
 def start_rows(x_RD: Tensor, route: Route) -> Flight:

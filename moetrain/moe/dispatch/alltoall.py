@@ -1,7 +1,7 @@
 """Variable splits: each row travels to the rank of its expert, and nothing else travels. Dropless, or under a capacity.
 
-One small all-to-all of counts comes first; its result is read by the host once, since the splits of the payload's
-all-to-all are host integers.
+One small all-to-all of counts comes first; its result is read by the host, once for each chunk, since the splits of the
+payload's all-to-all are host integers.
 """
 
 from __future__ import annotations

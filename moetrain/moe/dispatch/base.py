@@ -52,8 +52,8 @@ class Dispatcher(ABC):
 
 
 class Sharded(Dispatcher):
-    """Over the EP group. payload: how rows look on their way to the experts; what comes back and gradients are at best
-    bf16. chunks: parts of the tokens that travel one after the other.
+    """Over the EP group. payload: how rows look on their way to the experts, unless there is no way to go; under
+    ``fp8`` what comes back and gradients are bf16. chunks: parts of the tokens that travel one after the other.
     """
 
     def __init__(
@@ -61,10 +61,14 @@ class Sharded(Dispatcher):
     ) -> None:
         super().__init__(num_experts=num_experts, mesh=mesh, timeline=timeline)
         assert chunks >= 1, "rules.layout lets nobody ask for less"
-        self.payload, self.chunks = payload, chunks
+        self.payload: Payload = payload if mesh.ep_size > 1 else "exact"
+        self.chunks = chunks
 
     def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
-        return [(x_TD[part], _of_tokens(placement, part)) for part in parts(x_TD.shape[0], self.chunks)]
+        if self.chunks == 1:
+            return [(x_TD, placement)]
+        sizes = [part.stop - part.start for part in parts(x_TD.shape[0], self.chunks)]
+        return list(zip(x_TD.split(sizes), _of_tokens(placement, sizes), strict=True))
 
     def join(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -95,11 +99,14 @@ def parts(total: int, number: int) -> list[slice]:
     return [slice(total * i // number, total * (i + 1) // number) for i in range(number)]
 
 
-def _of_tokens(placement: Placement, part: slice) -> Placement:
-    """What the placement says of some tokens."""
+def _of_tokens(placement: Placement, sizes: list[int]) -> list[Placement]:
+    """What the placement says of so many tokens, and of so many after them."""
     routing = placement.routing
-    few = replace(routing, expert_TK=routing.expert_TK[part], weight_TK=routing.weight_TK[part])
-    return replace(placement, routing=few, kept_TK=placement.kept_TK[part], slot_TK=placement.slot_TK[part])
+    tensors = routing.expert_TK, routing.weight_TK, placement.kept_TK, placement.slot_TK
+    return [
+        replace(placement, routing=replace(routing, expert_TK=expert, weight_TK=weight), kept_TK=kept, slot_TK=slot)
+        for expert, weight, kept, slot in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+    ]
 
 
 def with_input_weights(x_TD: Tensor, routing: Routing, rows: RowMap) -> Tensor:

@@ -49,8 +49,8 @@ class _Leg:
 
 
 class Merging(Sharded):
-    """Dropless, or under a capacity. One host read, of how many copies and rows there are, whatever the number of hops:
-    counts are exchanged hop by hop before it.
+    """Dropless, or under a capacity. One host read for each chunk, of how many copies and rows there are, whatever the
+    number of hops: counts are exchanged hop by hop before it.
     """
 
     hops: tuple[Hop, ...]

@@ -24,6 +24,7 @@ from moetrain.ops.kernels import make_kernels
 from moetrain.parallel.mesh import close_mesh, mesh_of_world
 from moetrain.plan_memory import PlannedMemory, device_of, planned_memory, value_bytes
 from moetrain.plan_traffic import exchange_bytes
+from moetrain.rules.layout import HIERARCHICAL, ranks_of_node
 from moetrain.types import Batch, ConfigError, Problem
 
 GIB = 2**30
@@ -224,6 +225,8 @@ def _exchange_note(config: Config) -> str:
         said += [f"{factor:g} times that with the empty slots"]
     elif factor is not None:
         said += ["if nothing is dropped"]
+    if config.dispatch["_target_"] == HIERARCHICAL and ranks_of_node(config.dispatch.get("ranks_per_node")) == 1:
+        said += ["with nodes of one rank, as dispatch=dedup sends: see dispatch.ranks_per_node"]
     return ", ".join(said)
 
 

@@ -1,7 +1,10 @@
 """Bytes of one rank, from the layout alone: what stays between steps, and what comes on top within one.
 
 DeepSpeed's shares are those of 0.19.8, found by counting live tensors: in fp32 its ZeRO 1 and 2 keep a master beside
-the weights, collect gradients in a bucket, and hold what micro-batches have added up until the step.
+the weights, collect gradients in a bucket, and hold what micro-batches have added up until the step. ZeRO 2 in bf16 is
+fullest in the step itself, where a rank's gradients are there twice, beside what Adam makes for one group of
+parameters. ZeRO 3 never lets go of its bucket; the weights of less than 100,000 numbers each, which it keeps whole on
+every rank, are not counted between steps.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ GATHERED = 1_000_000_000
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """Bytes between steps (weights, gradients, optimizer with the masters that are not the weights themselves), and
-    what comes on top at the fullest moment of a step besides activations (``work``), or instead of them where that is
-    more (``reduction``).
+    """Bytes between steps (weights, gradients with a bucket that stays, optimizer with the masters that are not the
+    weights themselves), and what comes on top at the fullest moment of a step besides activations (``work``), or
+    instead of them where that is more (``reduction``).
     """
 
     weights: int
@@ -58,7 +61,8 @@ def planned_memory(
 ) -> PlannedMemory:
     """dense, experts: parameters on this rank, replicated over the world and over its expert-data-parallel group."""
     stage, value, all_here = config.engine.zero_stage, value_bytes(config), dense + experts
-    share = dense // world_size + experts // (world_size // ep_size)
+    shares = dense // world_size, experts // (world_size // ep_size)
+    share = sum(shares)
     moments, mixed = {"adamw": 8, "sgd": 0}[config.optim.name], value < 4
     bucket, piled = 4 * min(MAX_BUCKET, all_here), accumulation > 1
     if stage == 0:
@@ -71,7 +75,10 @@ def planned_memory(
         return PlannedMemory(value * all_here, 4 * all_here, optimizer, 0, bucket)
     if stage == 1:
         return PlannedMemory(value * all_here, 0, optimizer, bucket + piled * 4 * all_here, 0)
+    if stage == 2 and mixed:
+        added, group = piled * 4 * share, max(shares) if ep_size > 1 else share
+        return PlannedMemory(value * all_here, 0, optimizer, added, 8 * share + 4 * group - added)
     if stage == 2:
         return PlannedMemory(value * all_here, 0, optimizer, bucket + piled * 4 * share, bucket)
     gathered = value * min(all_here - share, GATHERED)
-    return PlannedMemory(value * share, 4 * share, optimizer, bucket + gathered, bucket)
+    return PlannedMemory(value * share, 4 * share + bucket, optimizer, gathered, bucket)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moetrain.bench import layer as bench
 from moetrain.bench.command import layer_configs
@@ -18,6 +20,15 @@ from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import ConfigError
 from tests.ranks import run_ranks
 from tests.tiny import alone
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    """DeepSpeed's layer needs a process group, also where there is one process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 SMALL = ["model.dim=32", "model.expert_dim=16", "model.context=64", "machine.device=cpu"]
 
@@ -89,6 +100,28 @@ def test_everybody_is_there_with_the_same_output_on_two_ranks() -> None:
     assert [name for name, _, _ in found[0]] == ["moetrain", *per_copy, *theirs]
     assert [name for name, note, _ in found[0] if note] == ["DeepSpeed, capacity 1.25"]
     assert all(sent for _, _, sent in found[0])
+
+
+def _rounded(rank: int, world: int) -> dict[tuple[bool, str, str], int]:
+    mesh = mesh_of_world(world, torch.device("cpu"))
+    sent: dict[tuple[bool, str, str], int] = {}
+    for payload in ("exact", "bf16", "fp8"):
+        words = [*SMALL, "experts=e4", "dispatch=alltoall", f"dispatch.payload={payload}", "dispatch.chunks=2"]
+        (config,) = layer_configs(words, world, None)
+        for exchange in (False, True):
+            results = bench_layer([config], mesh, 1, ["zipf"], exchange_only=exchange)
+            sent |= {(exchange, payload, one.name): one.sent for one in results}
+    return sent
+
+
+def test_payload_and_chunks_are_those_of_all_our_dispatchers() -> None:
+    config = layer_configs([*SMALL, "dispatch=hierarchical", "dispatch.payload=fp8", "dispatch.chunks=2"], 1, None)[0]
+    assert bench._dispatch(config, bench.ALLTOALL) == {"_target_": bench.ALLTOALL, "payload": "fp8", "chunks": 2}
+    assert bench._dispatch(config, bench.PADDED) == {"_target_": bench.PADDED}
+    for sent in run_ranks(2, _rounded):
+        for exchange, name in ((False, "moetrain, a copy for each expert"), (True, "dedup"), (True, "alltoall")):
+            exact, bf16, fp8 = (sent[exchange, payload, name] for payload in ("exact", "bf16", "fp8"))
+            assert exact > bf16 > fp8, name
 
 
 def test_commas_list_shapes_and_what_is_typed_goes_first() -> None:

@@ -18,10 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moetrain.moe.dispatch import merging
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.ops.kernels import torch_gemm, torch_kernels
 from moetrain.ops.loop_swiglu import loop_swiglu
+from moetrain.parallel.exchange import CountsInFlight
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import Dispatched, MoEOutput, RowMap
 from tests.ranks import run_ranks
@@ -247,11 +249,32 @@ def _sizes_of(numbers: list[int], _experts: Any, args: tuple[Dispatched]) -> Non
     numbers[:] = args[0].rows.assignment_R.numel(), args[0].x_CD.shape[0]
 
 
+def waits_beside_counts(mesh: Mesh) -> list[str]:
+    """Of a layer with shadows, and when counts set out and are waited for."""
+    layer = layer_of("dedup", mesh, True)
+    layer.shadows.put((1,))
+    backward(forward(layer, given(0)))
+    with host_waits_seen() as seen, ExitStack() as stack:
+        for where, name in ((merging, "start_counts"), (CountsInFlight, "wait")):
+            stack.enter_context(patch.object(where, name, _noted(getattr(where, name), seen)))
+        backward(forward(layer, given(1)))
+    return seen
+
+
+def _noted(function: Callable[..., Any], seen: list[str]) -> Callable[..., Any]:
+    def inner(*args: Any) -> Any:
+        seen.append(function.__name__)
+        return function(*args)
+
+    return inner
+
+
 def _on_two_ranks(rank: int, world: int) -> dict[str, Any]:
     mesh = mesh_of_world(world, torch.device("cpu"))
     found: dict[str, Any] = {}
     for dispatch, factor in (("alltoall", None), ("dedup", None), ("padded", 1.0)):
         found[dispatch] = host_waits(layer_of(dispatch, mesh, True, factor))
+    found["shadows"] = waits_beside_counts(mesh)
     for grouped in (False, True):
         layer = layer_of("dedup", mesh, grouped)
         numbers = [0, 0]
@@ -271,3 +294,4 @@ def test_the_same_on_two_ranks() -> None:
         assert len(found["alltoall"]) <= 1, found
         assert len(found["dedup"]) <= 1, found
         assert found["padded"] == []
+        assert found["shadows"] == ["start_counts", "aten._local_scalar_dense", "wait", "tolist"]

@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 
 WORDS = (
     "recipe=quickstart model.num_layers=2 model.dim=64 model.num_heads=2 model.num_kv_heads=1 model.expert_dim=128"
-    " model.context=64 train.micro_batch=4 machine.device=cpu engine.dtype=fp32"
+    " model.context=64 train.micro_batch=4 machine.device=cpu"
 )
 
 
@@ -43,12 +43,36 @@ def alive(rank: int, world: int, words: list[str]) -> tuple[int, int]:
         return water.now, water.most
 
 
-@pytest.mark.parametrize("global_batch", [8, 16])
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_the_plan_is_what_a_step_has_alive(zero_stage: int, global_batch: int) -> None:
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype", "global_batch"),
+    [
+        (0, "fp32", 8),
+        (0, "fp32", 16),
+        (1, "fp32", 8),
+        (1, "fp32", 16),
+        (1, "bf16", 8),
+        (2, "fp32", 16),
+        (2, "bf16", 8),
+        (2, "bf16", 16),
+        (3, "fp32", 8),
+    ],
+)
+def test_the_plan_is_what_a_step_has_alive(zero_stage: int, dtype: str, global_batch: int) -> None:
     words = [*WORDS.split(), f"engine.zero_stage={zero_stage}", f"train.global_batch={global_batch}"]
+    words += [f"engine.dtype={dtype}"]
     config = compose(words, 2)
     memory, activations = make_plan(config, 2).memory, dry_run(config, 2).activations
     for between, most in run_ranks(2, alive, words):
-        assert between == pytest.approx(memory.state, rel=0.02)
+        assert between == pytest.approx(memory.state, rel=0.05 if zero_stage == 3 else 0.02)
+        assert most == pytest.approx(memory.peak(activations), rel=0.1)
+
+
+def test_a_step_that_is_fuller_than_forward_and_backward() -> None:
+    """ZeRO 2 in bf16 with few activations: gradients twice and Adam's work."""
+    words = [*WORDS.split(), "engine.zero_stage=2", "engine.dtype=bf16", "model.expert_dim=256"]
+    words += ["train.micro_batch=1", "train.global_batch=2"]
+    config = compose(words, 2)
+    memory, activations = make_plan(config, 2).memory, dry_run(config, 2).activations
+    assert memory.reduction > activations
+    for _, most in run_ranks(2, alive, words):
         assert most == pytest.approx(memory.peak(activations), rel=0.1)

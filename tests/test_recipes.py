@@ -85,6 +85,15 @@ def test_plan_knows_what_travels() -> None:
         assert make_plan(config, 4).exchange_bytes == pytest.approx(tokens * config.model.dim * rows * num_bytes), words
 
 
+def test_plan_says_that_it_knows_of_no_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of torchrun null means one rank a node, whose bytes are those of dedup."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    words = ["recipe=quickstart", "capacity=dropless", "train.micro_batch=8", "dispatch=hierarchical"]
+    said = "with nodes of one rank, as dispatch=dedup sends: see dispatch.ranks_per_node"
+    assert said in describe(make_plan(compose(words, 4), 4))
+    assert said not in describe(make_plan(compose([*words, "dispatch.ranks_per_node=2"], 4), 4))
+
+
 def test_plan_says_when_starting_needs_more_than_training() -> None:
     """Under ZeRO 3 a rank's share is small, but the model is built whole before it is shared out."""
     config = compose(["recipe=mixtral_8x22b"])

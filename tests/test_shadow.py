@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+import moetrain.control.rates as rates_room
 from moetrain.bench.command import layer_configs
 from moetrain.bench.skew import bench_skew
 from moetrain.control.base import Action, Seen
@@ -17,12 +19,13 @@ from moetrain.control.shadow import Shadow
 from moetrain.models.decoder import Decoder
 from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.parallel.share import start_loan, take_loan
+from moetrain.rules import rule_problems
 from moetrain.rules.layout import PADDED
 from tests.control_runs import seen
 from tests.ranks import run_ranks
 from tests.shadow_runs import CASES, CPU, Case, on_ranks
 from tests.test_config import problems_of, raw
-from tests.tiny import VOCAB, tiny
+from tests.tiny import VOCAB, moe_layer, tiny
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -76,6 +79,13 @@ def test_gradients_of_the_lent_are_added_where_the_owners_lie() -> None:
     assert made == [stack_eX.grad.data_ptr()]
 
 
+def test_a_loan_of_which_only_the_copies_are_used() -> None:
+    stack_eX = torch.ones(4, 3).requires_grad_()
+    take_loan(start_loan((stack_eX,), (1, 3), 0, None))[0].sum().backward()
+    assert stack_eX.grad is not None
+    assert stack_eX.grad[:, 0].tolist() == [0, 1, 0, 1]
+
+
 RATES = Rates(row=1.0, copy=0.0, loan=10.0, ep_size=4)
 SKEWED = np.array([400.0, 0, 40, 60, 50, 50, 60, 40])
 
@@ -111,13 +121,15 @@ def test_the_experts_that_are_chosen(rows: list[float], loan: float, most: int, 
     assert cheapest(Load(np.array(rows, float), 2.0, False), most, Rates(1.0, 0.0, loan, 4)) == expected
 
 
-def controller(gain: float = 0.2, rates: Rates | None = RATES, ep_size: int = 4) -> tuple[Shadow, Decoder]:
+def controller(
+    gain: float = 0.2, rates: Rates | None = RATES, ep_size: int = 4, payload: str = "exact"
+) -> tuple[Shadow, Decoder]:
     mesh = Mesh(rank=0, world_size=4, ep_size=ep_size, device=CPU)
-    config = tiny(control__shadow_gain=gain, dispatch="dedup", train__global_batch=16)
+    config = tiny(control__shadow_gain=gain, dispatch="dedup", dispatch__payload=payload, train__global_batch=16)
     model = Decoder(config, mesh, VOCAB)
     shadow = Shadow(config, gain, model, mesh)
     if rates is not None:
-        shadow.load({"hot": [[], []], "rates": vars(rates)})
+        shadow.load(shadow.state() | {"rates": vars(rates)})
     return shadow, model
 
 
@@ -160,25 +172,81 @@ def test_little_is_not_enough() -> None:
 def test_a_resumed_controller_decides_alike() -> None:
     shadow, _ = controller()
     acts(shadow, list(SKEWED), EVEN)
-    resumed, model = controller(rates=None)
-    resumed.load(json.loads(json.dumps(shadow.state())))
-    assert [layer.shadows.hot for layer in model.moe_layers()] == [(0,), ()]
+    other, hot = resumed(shadow)
+    assert hot == [(0,), ()]
     for window in ((EVEN, list(SKEWED)), (EVEN, EVEN)):
-        assert acts(shadow, *window) == acts(resumed, *window)
-        assert shadow.state() == resumed.state()
+        assert acts(shadow, *window) == acts(other, *window)
+        assert shadow.state() == other.state()
 
 
-def test_another_ep_size_measures_anew_and_keeps_what_is_hot() -> None:
+def resumed(shadow: Shadow, **changes: Any) -> tuple[Shadow, list[tuple[int, ...]]]:
+    """Under another layout, and what is hot then."""
+    other, model = controller(rates=None, **changes)
+    other.load(json.loads(json.dumps(shadow.state())))
+    return other, [layer.shadows.hot for layer in model.moe_layers()]
+
+
+def test_another_ep_size_measures_anew_and_keeps_what_is_hot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank gives an expert 32 tokens x 2 choices x 2 ranks / 8 = 16 rows, and 16 of its 32 tokens to the other."""
     shadow, _ = controller()
     acts(shadow, list(SKEWED), EVEN)
-    other, model = controller(rates=None, ep_size=2)
-    other.load(shadow.state())
-    assert [layer.shadows.hot for layer in model.moe_layers()] == [(0,), ()]
+    other, hot = resumed(shadow, ep_size=2)
+    assert hot == [(0,), ()]
+    seconds = iter([48.0, 80.0, 7.0])
+    monkeypatch.setattr(rates_room, "_best", lambda run, mesh: run() and next(seconds))
     first, *_ = acts(other, list(SKEWED), EVEN)
     assert first.message.startswith("measured, forward and backward: ")
-    rates = other.state()["rates"]
-    assert rates["ep_size"] == 2
-    assert min(rates["row"], rates["loan"]) > 0
+    assert other.state()["rates"] == {"row": 3.0, "copy": 5.0, "loan": 7.0, "ep_size": 2}
+
+
+def test_other_hardware_or_another_payload_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    shadow, _ = controller()
+    assert resumed(shadow)[0].state()["rates"] == vars(RATES)
+    assert resumed(shadow, payload="bf16")[0].state()["rates"] is None
+    monkeypatch.setattr(rates_room, "processor", lambda: "another")
+    assert resumed(shadow)[0].state()["rates"] is None
+
+
+def test_one_process_lends_to_nobody() -> None:
+    """As a run with run.elastic=true may go on."""
+    shadow, _ = controller()
+    acts(shadow, list(SKEWED), EVEN)
+    alone, hot = resumed(shadow, ep_size=1)
+    assert hot == [(), ()]
+    assert acts(alone, list(SKEWED), EVEN) == []
+    assert alone.state()["rates"] is None
+
+
+def bytes_of_copies(rank: int, world: int) -> dict[str, int]:
+    """Sent by one round of what measures a copy, for a row of 16 numbers in fp32."""
+    mesh, found, plain = mesh_of_world(world, CPU), dict[str, int](), torch.distributed.all_to_all_single
+    for payload in ("exact", "bf16", "fp8"):
+        sent = list[int]()
+
+        def counted(out: torch.Tensor, x: torch.Tensor, *rest: Any, sent: list[int] = sent, **more: Any) -> Any:
+            sent.append(x.nbytes)
+            return plain(out, x, *rest, **more)
+
+        layer = moe_layer(tiny(dispatch="dedup", dispatch__payload=payload), mesh)
+        run = rates_room._copies(layer.dispatcher, torch.ones(4, 16, requires_grad=True), mesh)
+        with patch.object(torch.distributed, "all_to_all_single", counted):
+            run()
+        found[payload] = sum(sent) // 4
+    return found
+
+
+def test_copies_are_measured_under_the_payload() -> None:
+    """Four ways; out under fp8 16 codes and a scale, the others bf16."""
+    expected = {"exact": 4 * 16 * 4, "bf16": 4 * 16 * 2, "fp8": 16 + 4 + 3 * 16 * 2}
+    assert run_ranks(2, bytes_of_copies) == [expected] * 2
+
+
+def test_triton_and_shadows_are_refused() -> None:
+    values = {"control.shadow_gain": 0.1, "machine.experts_kernel": "triton"}
+    (problem,) = rule_problems(values)
+    assert (problem.field, "not measured together" in problem.reason) == ("control.shadow_gain", True)
+    assert rule_problems(values | {"control.shadow_gain": None}) == []
+    assert rule_problems(values | {"machine.experts_kernel": "torch"}) == []
 
 
 LIMITED = {"capacity__factor_train": 1.0, "capacity__factor_eval": 1.0}

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.bench.allocator import name_of_allocator
-from moetrain.bench.machine import processor
 from moetrain.bench.peers import peers
 from moetrain.bench.peers.case import LayerCase
 from moetrain.bench.race import Contestant, Sample, bytes_sent, median_and_least, most_of, race
@@ -31,6 +30,7 @@ from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels, torch_kern
 from moetrain.ops.timeline import Timeline
 from moetrain.ops.triton_swiglu import has_triton
 from moetrain.parallel.collectives import broadcast_text
+from moetrain.parallel.machine import processor
 from moetrain.parallel.mesh import Mesh, weight_dtype
 from moetrain.rules.layout import ALLTOALL, DEDUP, HIERARCHICAL, PADDED, ranks_of_node
 from moetrain.types import ConfigError, Dispatched, Problem
@@ -38,6 +38,10 @@ from moetrain.types import ConfigError, Dispatched, Problem
 SPREAD = 0.02
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Of the largest entry of the output."""
+ROUNDING = {"exact": 0.0, "bf16": 3 * 2**-8, "fp8": 2**-4 + 2 * 2**-8}
+"""What ``dispatch.payload`` adds to that: errors of a number (parallel/wire.py), once on the way out and twice on the
+way home, which can be two hops, as if all fell on the largest entry; sums over many numbers are off by less.
+"""
 OTHER_CHOICE = {torch.float32: 0.0, torch.bfloat16: 0.02}
 """The share of tokens that may go to another expert: a gate that rounds its logits to bf16 makes ties."""
 
@@ -80,7 +84,7 @@ def bench_layer(
             case = layer_case(config, mesh, routing)
             contestants, missing = field(case, config, gemm)
             contestants = _chosen(contestants, against)
-            _check(contestants, case)
+            _check(contestants, case, TOLERANCE[case.x_TD.dtype] + ROUNDING[config.dispatch.get("payload", "exact")])
             sent = {
                 one.name: [int(most_of(bytes_sent(one, mesh, ranks), mesh)) for ranks in (1, ranks_of_node(None))]
                 for one in contestants
@@ -131,10 +135,16 @@ def _field(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant]
     if case.mesh.world_size == 1:
         ours.append(_ours(case, config, plain, "moetrain, torch grouped_mm"))
     else:
-        per_copy = replace(config, dispatch={"_target_": ALLTOALL})
+        per_copy = replace(config, dispatch=_dispatch(config, ALLTOALL))
         ours.append(_ours(case, per_copy, kernels, "moetrain, a copy for each expert"))
         ours.append(_ours(case, per_copy, plain, "a copy for each expert, torch grouped_mm"))
     return ours + theirs, missing
+
+
+def _dispatch(config: Config, target: str) -> dict[str, Any]:
+    """The dispatcher ``target`` with the payload and chunks of the configured one, where it has them."""
+    shared = () if target == PADDED else ("payload", "chunks")
+    return {"_target_": target, **{key: config.dispatch[key] for key in shared if key in config.dispatch}}
 
 
 def _dispatchers(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
@@ -148,7 +158,7 @@ def _dispatchers(case: LayerCase, config: Config, gemm: str) -> tuple[list[Conte
     if several := len(case.mesh.hops_by_node(ranks_of_node(None))) > 1:
         choices.insert(1, ("hierarchical", HIERARCHICAL, config, ""))
     field = [
-        _ours(case, replace(given, dispatch={"_target_": target}), kernels, name, note, echo=True)
+        _ours(case, replace(given, dispatch=_dispatch(config, target)), kernels, name, note, echo=True)
         for name, target, given, note in choices
     ]
     return field, [] if several else ["hierarchical: on one node, or on nodes of one rank, it is dedup"]
@@ -210,11 +220,11 @@ def our_contestant(layer: MoELayer, case: LayerCase, name: str, note: str = "") 
     return case.contestant(name, layer, run, note)
 
 
-def _check(contestants: Sequence[Contestant], case: LayerCase) -> None:
-    """Who drops nothing gives what ours gives."""
+def _check(contestants: Sequence[Contestant], case: LayerCase, tolerance: float) -> None:
+    """Who drops nothing gives what ours gives, within ``tolerance`` of the largest entry."""
     dtype = case.x_TD.dtype
     reference_TD = _output(contestants[0])
-    limit = TOLERANCE[dtype] * float(reference_TD.abs().max())
+    limit = tolerance * float(reference_TD.abs().max())
     for one in contestants[1:]:
         error_T = (_output(one) - reference_TD).abs().amax(1)
         others = int((error_T > limit).sum())

@@ -14,13 +14,12 @@ from moetrain.bench.race import Contestant, bytes_sent, median_and_least, most_o
 from moetrain.bench.routing import Routing, gate_of, skewed_tokens
 from moetrain.checks import traits_of
 from moetrain.config import Config
-from moetrain.control.cost import Cost, Load, Rates, cheapest, cost
+from moetrain.control.cost import Cost, Load, Rates, cheapest, cost, load_of
 from moetrain.control.rates import measure_rates
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.kernels import fastest_gemm, make_kernels
 from moetrain.parallel.collectives import broadcast_text, sum_over
 from moetrain.parallel.mesh import Mesh
-from moetrain.rules.layout import ALLTOALL
 from moetrain.types import ConfigError, Problem
 
 MIB = 2**20
@@ -51,7 +50,7 @@ def bench_skew(config: Config, mesh: Mesh, rounds: int, times: float, num_hot: i
     for name, case, shadowed in (("balanced", even, False), ("skewed", skewed, False), ("shadowed", skewed, True)):
         layer = our_layer(case, config, kernels)
         contestant = our_contestant(layer, case, name)
-        rates = rates or measure_rates(config, layer.experts, mesh)
+        rates = rates or measure_rates(config, layer, mesh)
         load = _load(layer, contestant, config, mesh)
         hot = cheapest(load, config.control.shadow_max, rates) if shadowed else ()
         layer.shadows.put(hot)
@@ -88,7 +87,7 @@ def _load(layer: MoELayer, contestant: Contestant, config: Config, mesh: Mesh) -
     contestant.step()
     layer.load.commit()
     kept_E = sum_over(layer.load.take()[1], mesh.ep_group).cpu().numpy().astype(float)
-    return Load(kept_E, traits_of(config).experts_per_token, config.dispatch["_target_"] != ALLTOALL)
+    return load_of(config, kept_E)
 
 
 def _check(runners: list[Runner], case: LayerCase) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.bench.hf import HuggingFaceStep
-from moetrain.bench.machine import processor
 from moetrain.bench.race import WARMUP, Sample, timed
 from moetrain.checks import ep_size_of, fitted
 from moetrain.config import Config
@@ -20,6 +19,7 @@ from moetrain.monitor.window import Window
 from moetrain.ops.kernels import fastest_gemm, make_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.collectives import broadcast_text
+from moetrain.parallel.machine import processor
 from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 
 CORE, PRODUCTS_AND_WAITING = ("experts", "attention"), ("exchange", "vocabulary")

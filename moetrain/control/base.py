@@ -47,7 +47,7 @@ class Controller(Protocol):
     """
 
     def act(self, seen: Seen) -> list[Action]:
-        """Look at a window, and change what has to be changed. Collective where it restarts experts."""
+        """Look at a window, and change what has to be changed. It may be collective."""
 
     def state(self) -> dict[str, Any]:
         """Plain JSON."""

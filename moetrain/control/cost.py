@@ -16,6 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.checks import traits_of
+from moetrain.config import Config
+from moetrain.rules.layout import ALLTOALL
+
 Array = NDArray[np.float64]
 
 
@@ -44,6 +48,11 @@ class Load:
     rows_E: Array
     per_token: float
     merged: bool
+
+
+def load_of(config: Config, rows_E: Array) -> Load:
+    """Those rows, under the router and the dispatcher of ``config``."""
+    return Load(rows_E, traits_of(config).experts_per_token, config.dispatch["_target_"] != ALLTOALL)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ from torch import Tensor
 from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.control.cost import Rates
+from moetrain.moe.dispatch.base import Dispatcher, Sharded
 from moetrain.moe.experts import Experts, one_row_each
-from moetrain.parallel.collectives import barrier, gather_equal
+from moetrain.moe.layer import MoELayer
+from moetrain.parallel.collectives import barrier, gather_equal, gather_texts
 from moetrain.parallel.exchange import Route, all_to_all_rows
+from moetrain.parallel.machine import processor
 from moetrain.parallel.mesh import Mesh
 from moetrain.parallel.share import start_loan, take_loan
 from moetrain.types import Dispatched
@@ -22,11 +25,25 @@ ROUNDS = 5
 MIN_ROWS, MAX_ROWS, MAX_COPIES = 16, 512, 4096
 
 
-def measure_rates(config: Config, experts: Experts, mesh: Mesh) -> Rates:
+def measured_on(config: Config, mesh: Mesh) -> dict[str, object]:
+    """What rates hold for, plain JSON, the same on every rank. Collective."""
+    kind = mesh.device.type
+    name = processor() if kind == "cpu" else torch.get_device_module(mesh.device).get_device_name(mesh.device)
+    return {
+        "devices": sorted(set(gather_texts(f"{kind} {name}", mesh.world_group))),
+        "world_size": mesh.world_size,
+        "ep_size": mesh.ep_size,
+        "dispatch": dict(config.dispatch),
+        "experts_kernel": config.machine.experts_kernel,
+    }
+
+
+def measure_rates(config: Config, layer: MoELayer, mesh: Mesh) -> Rates:
     """The same on every rank: each time the best of some rounds, of the rank that was slowest. Collective.
 
-    experts: those of any layer; they are left as they are.
+    layer: any; it is left as it is.
     """
+    experts = layer.experts
     stacks = tuple(stack.detach()[:1].clone().requires_grad_() for stack in experts.stacks())
     num_tokens = config.train.micro_batch * config.model.context
     per_expert = num_tokens * mesh.ep_size * traits_of(config).experts_per_token / config.experts.num_experts
@@ -35,7 +52,7 @@ def measure_rates(config: Config, experts: Experts, mesh: Mesh) -> Rates:
     rows_RD, copies_CD = (stacks[0].new_ones(n, dim).requires_grad_() for n in (num_rows, each * mesh.ep_size))
     seconds = [
         _best(_rows(experts, stacks, rows_RD), mesh) / num_rows,
-        2 * _best(_copies(copies_CD, mesh), mesh) / max(each * (mesh.ep_size - 1), 1),
+        _best(_copies(layer.dispatcher, copies_CD, mesh), mesh) / max(each * (mesh.ep_size - 1), 1),
         _best(_loan(stacks, mesh), mesh),
     ]
     slowest = gather_equal(torch.tensor(seconds, dtype=torch.float64, device=mesh.device), mesh.world_group).amax(0)
@@ -55,12 +72,19 @@ def _rows(experts: Experts, stacks: tuple[Tensor, ...], x_RD: Tensor) -> Callabl
     return run
 
 
-def _copies(x_CD: Tensor, mesh: Mesh) -> Callable[[], object]:
-    """Out, and the gradients back, as many to each rank: half of what a layer sends."""
+def _copies(dispatcher: Dispatcher, x_CD: Tensor, mesh: Mesh) -> Callable[[], object]:
+    """Out and home, and the gradients the same ways back, as many to each rank, under the dispatcher's payload.
+
+    Not modelled: the second hop of ``hierarchical`` and what it saves, tags, and chunks. A dispatcher of one's own is
+    taken to send rows as they are.
+    """
     grad_CD = torch.ones_like(x_CD)
+    out = home = Route(None, None, mesh.ep_group)
+    if isinstance(dispatcher, Sharded):
+        out, home = dispatcher.route(None, None), dispatcher.home(None, None)
 
     def run() -> object:
-        return torch.autograd.grad(all_to_all_rows(x_CD, Route(None, None, mesh.ep_group)) * 1.0, x_CD, grad_CD)
+        return torch.autograd.grad(all_to_all_rows(all_to_all_rows(x_CD, out), home), x_CD, grad_CD)
 
     return run
 

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.control.base import Action, Seen
-from moetrain.control.cost import Cost, Load, Rates, cheapest, cost
-from moetrain.control.rates import measure_rates
+from moetrain.control.cost import Cost, Load, Rates, cheapest, cost, load_of
+from moetrain.control.rates import measure_rates, measured_on
 from moetrain.models.decoder import Decoder
 from moetrain.parallel.mesh import Mesh
-from moetrain.rules.layout import ALLTOALL
 
 
 class Shadow:
@@ -21,18 +19,23 @@ class Shadow:
     time is saved by it, so that it does not do and undo the same thing from window to window.
 
     What the model is fed with is measured once, before the first decision. It is saved, so that a resumed run decides
-    as the uninterrupted one would have; at another EP size it is measured anew.
+    as the uninterrupted one would have; on other devices or under another layout it is measured anew. A rank that holds
+    all experts lends none.
     """
 
     def __init__(self, config: Config, gain: float, model: Decoder, mesh: Mesh) -> None:
+        """Collective."""
         self._config, self._gain, self._model, self._mesh = config, gain, model, mesh
         self._rates: Rates | None = None
+        self._here = measured_on(config, mesh)
         self._hot_L: list[tuple[int, ...]] = [()] * len(model.moe_layers())
 
     def act(self, seen: Seen) -> list[Action]:
+        if self._mesh.ep_size == 1:
+            return []
         actions = []
         if self._rates is None:
-            self._rates = measure_rates(self._config, self._model.moe_layers()[0].experts, self._mesh)
+            self._rates = measure_rates(self._config, self._model.moe_layers()[0], self._mesh)
             actions.append(_measured(self._rates))
         for index, layer in enumerate(seen.balance.layers):
             load, before = self._load(seen, index), self._hot_L[index]
@@ -46,13 +49,13 @@ class Shadow:
 
     def state(self) -> dict[str, Any]:
         rates = None if self._rates is None else asdict(self._rates)
-        return {"hot": [list(hot) for hot in self._hot_L], "rates": rates}
+        return {"hot": [list(hot) for hot in self._hot_L], "rates": rates, "measured_on": self._here}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self._hot_L = [tuple(hot) for hot in state["hot"]]
+        self._hot_L = [tuple(hot) if self._mesh.ep_size > 1 else () for hot in state["hot"]]
         self._model.set_shadows(self._hot_L)
         rates = state["rates"]
-        self._rates = Rates(**rates) if rates is not None and rates["ep_size"] == self._mesh.ep_size else None
+        self._rates = Rates(**rates) if rates is not None and state.get("measured_on") == self._here else None
 
     def numbers(self) -> dict[str, float]:
         return {"control/shadowed": float(sum(len(hot) for hot in self._hot_L))}
@@ -61,8 +64,7 @@ class Shadow:
         """Of a micro-batch of an EP group, the mean of all in the window."""
         groups = self._mesh.world_size / self._mesh.ep_size
         rows_E = seen.kept_LE[index] / (seen.num_steps * self._num_micro_batches * groups)
-        merged = self._config.dispatch["_target_"] != ALLTOALL
-        return Load(rows_E, traits_of(self._config).experts_per_token, merged)
+        return load_of(self._config, rows_E)
 
     @property
     def _num_micro_batches(self) -> int:

@@ -32,20 +32,28 @@ class Shadows:
         place_E[list(hot)] = torch.arange(len(hot))
         self._place_E = place_E.to(self._mesh.device)
 
-    def split(self, x_TD: Tensor, placement: Placement) -> tuple[Placement, Dispatched | None]:
-        """What is left for the dispatcher; and what stays, as if it had arrived for experts 0 ... len(hot) - 1: one
-        host read, of how much that is. All and None where nothing is hot.
+    def travels(self, placement: Placement) -> Placement:
+        """What is left for the dispatcher."""
+        if not self.hot:
+            return placement
+        is_cold_TK = self._place_E[placement.routing.expert_TK] == len(self.hot)
+        return replace(placement, kept_TK=placement.kept_TK & is_cold_TK)
+
+    def stays(self, x_TD: Tensor, placement: Placement) -> Dispatched | None:
+        """What is not, as if it had arrived for experts 0 ... len(hot) - 1; None where nothing is hot.
+
+        One host read, of how much that is: with the dispatcher's own a layer with shadows has two. Let it come after
+        the dispatcher's counts have set out.
         """
         if not self.hot:
-            return placement, None
+            return None
         routing, num_hot = placement.routing, len(self.hot)
         place_TK = self._place_E[routing.expert_TK]
         stays_TK = placement.kept_TK & (place_TK < num_hot)
         counts_s = count_experts(place_TK, num_hot + 1, stays_TK)[:num_hot]
         rows = rows_by_expert(place_TK, stays_TK, num_hot, int(counts_s.sum()))
         ends_s = counts_s.cumsum(0).to(torch.int32)
-        stays = Dispatched(x_TD, rows, routing.weight_TK, ends_s, None, 0, routing.weight_on)
-        return replace(placement, kept_TK=placement.kept_TK & ~stays_TK), stays
+        return Dispatched(x_TD, rows, routing.weight_TK, ends_s, None, 0, routing.weight_on)
 
     def lend(self, experts: Experts) -> Loan | None:
         """Start to lend the weights of the hot experts; None where nothing is hot. Collective."""

@@ -111,7 +111,6 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, line: _Line, *stacks: Tensor) -> Stacks:
         ctx.line = line
-        ctx.set_materialize_grads(False)
         line.launch_out(stacks)
         tokens = [stack.new_zeros(()).expand(len(line.hot), *stack.shape[1:]) for stack in stacks]
         return (*[stack.view_as(stack) for stack in stacks], *tokens)

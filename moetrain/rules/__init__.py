@@ -91,6 +91,7 @@ RULES = (
         control.experts_to_shadow,
     ),
     Rule(("control.shadow_gain", "dispatch._target_", "engine.zero_stage"), control.weights_to_shadow),
+    Rule(("control.shadow_gain", "machine.experts_kernel"), control.kernels_to_shadow),
     Rule(("train.checkpoint_every", "monitor.log_every", *STEERED), control.saved_with_a_window),
     Rule(("debug.collapsed_router", "router.traits"), control.router_to_collapse),
     Rule(("debug.collapsed_router", "router.logit_bias"), control.bias_to_collapse),

@@ -72,6 +72,17 @@ def weights_to_shadow(shadow_gain: float | None, target: str, zero_stage: int) -
     return None
 
 
+def kernels_to_shadow(shadow_gain: float | None, kernel: str) -> Problem | None:
+    if shadow_gain is None or kernel != "triton":
+        return None
+    reason = (
+        "not measured together with machine.experts_kernel = triton: kernels are compiled anew for each number of lent "
+        "experts"
+    )
+    fix = "set machine.experts_kernel=torch, or control.shadow_gain=null"
+    return Problem("control.shadow_gain", shadow_gain, reason, fix)
+
+
 def saved_with_a_window(
     checkpoint_every: int,
     log_every: int,

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in words."""
+"""What a rank runs on, in words."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moetrain.bench.command import layer_configs
@@ -27,5 +28,12 @@ def test_it_tells_the_layer_beside_its_bound() -> None:
     assert text.splitlines()[-1].startswith("a shared expert that sleeps as long")
 
 
-def test_one_rank_exchanges_nothing() -> None:
-    assert main(["bench", "overlap"]) == 2
+@pytest.mark.parametrize("action", ["overlap", "skew"])
+def test_one_rank_and_several_shapes_are_refused(
+    action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", action]) == 2
+    assert f"-m moetrain bench {action}" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", action, "--", "experts=e4,e8"]) == 2
+    assert "one shape at a time" in capsys.readouterr().err

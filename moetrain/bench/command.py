@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moetrain.bench.step import step_bench
 from moetrain.checks import ep_size_of
 from moetrain.compose import compose
 from moetrain.config import Config
-from moetrain.parallel.mesh import close_mesh, init_mesh
+from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 from moetrain.types import ConfigError, Problem
 
 ABOUT = {
@@ -139,17 +140,9 @@ def _overlap(arguments: list[str]) -> int:
     parser = Parser("bench overlap", ABOUT["overlap"])
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
     parsed = parser.parse_intermixed_args(arguments)
-    world_size = environment_world() or 1
-    if world_size == 1:
-        fix = "torchrun --nproc-per-node 2 -m moetrain bench overlap"
-        raise ConfigError([Problem("command", "bench overlap", "one rank exchanges nothing", fix)])
-    config = layer_configs(parsed.overrides, world_size, parsed.config_dir)[0]
-    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
-    try:
+    with _on_ranks("overlap", 2, "one rank exchanges nothing", parsed) as (config, mesh):
         if (text := bench_overlap(config, mesh, parsed.rounds)) is not None:
             print(text)
-    finally:
-        close_mesh()
     return 0
 
 
@@ -160,19 +153,29 @@ def _skew(arguments: list[str]) -> int:
     parser.add_argument("--hot", type=int, metavar="N", help="on so many of its experts (default: on all of them)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each contestant")
     parsed = parser.parse_intermixed_args(arguments)
-    world_size = environment_world() or 1
-    if world_size == 1:
-        fix = "torchrun --nproc-per-node 4 -m moetrain bench skew"
-        raise ConfigError([Problem("command", "bench skew", "one rank holds all experts: none can be hotter", fix)])
-    (config,) = layer_configs(parsed.overrides, world_size, parsed.config_dir)
-    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
-    try:
+    with _on_ranks("skew", 4, "one rank holds all experts: none can be hotter", parsed) as (config, mesh):
         results = bench_skew(config, mesh, parsed.rounds, parsed.times, parsed.hot)
         if parsed.out is not None and mesh.is_main:
             write_results(results, parsed.out)
+    return 0
+
+
+@contextmanager
+def _on_ranks(action: str, ranks: int, reason: str, parsed: argparse.Namespace) -> Iterator[tuple[Config, Mesh]]:
+    """One shape, on more ranks than one, of which ``ranks`` is an example; ``reason``: why one is not enough."""
+    command, world_size = f"bench {action}", environment_world() or 1
+    if world_size == 1:
+        raise ConfigError(
+            [Problem("command", command, reason, f"torchrun --nproc-per-node {ranks} -m moetrain {command}")]
+        )
+    config, *others = layer_configs(parsed.overrides, world_size, parsed.config_dir)
+    if others:
+        raise ConfigError([Problem("command", command, "times one shape at a time", "name one value for each key")])
+    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
+    try:
+        yield config, mesh
     finally:
         close_mesh()
-    return 0
 
 
 def _again(action: str, parsed: argparse.Namespace) -> list[str]:

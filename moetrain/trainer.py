@@ -158,6 +158,7 @@ class Trainer:
             log.info("after step %d: %s", done, action.message)
             if self.recorder is not None:
                 self.recorder.event(done, "control", action.message, action.data)
+        self.timeline.drain()
 
     def _gradient_ratios(self, done: int) -> dict[str, float]:
         """Where they are due, of a micro-batch of the step just done."""

@@ -22,9 +22,8 @@ from moetrain.models.decoder import Decoder
 from moetrain.monitor.recorder import CorpusFacts, Recorder
 from moetrain.monitor.runfolder import RunFolder
 from moetrain.monitor.window import Window
-from moetrain.ops.kernels import fastest_gemm, make_kernels
-from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
+from moetrain.resume import choose_kernels
 
 WARMUP, STEPS, LINES = 3, 20, 8
 EVERY_STEP, EVERY_LINE = ("load", "record", "commit", "take", "add"), ("reduce", "write")
@@ -76,8 +75,7 @@ def _measure(
     config: Config, mesh: Mesh, corpus: Corpus, folder: Path
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """What each step and each line took, by name of the call."""
-    gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
-    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
+    kernels = choose_kernels(config, mesh, None)
     vocab_size = config.model.vocab_size or corpus.vocab_size
     model, meter, window = Decoder(config, mesh, vocab_size, None, kernels), Meter(), Window(mesh)
     model.count_domains(len(corpus.domains))

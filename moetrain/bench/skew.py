@@ -17,9 +17,9 @@ from moetrain.config import Config
 from moetrain.control.cost import Cost, Load, Rates, cheapest, cost, load_of
 from moetrain.control.rates import measure_rates
 from moetrain.moe.layer import MoELayer
-from moetrain.ops.kernels import fastest_gemm, make_kernels
-from moetrain.parallel.collectives import broadcast_text, sum_over
+from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.mesh import Mesh
+from moetrain.resume import choose_kernels
 from moetrain.types import ConfigError, Problem
 
 MIB = 2**20
@@ -41,10 +41,9 @@ def bench_skew(config: Config, mesh: Mesh, rounds: int, times: float, num_hot: i
     """``times``: the share of all assignments that the first rank gets, over the fair one (at most all of them), spread
     evenly over its first ``num_hot`` experts (None: over all of them).
     """
-    gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
     even = layer_case(config, mesh, "balanced")
     skewed = replace(even, x_TD=_skewed(config, mesh, min(times / mesh.ep_size, 1.0), num_hot).to(even.x_TD))
-    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
+    kernels = choose_kernels(config, mesh, None)
     runners: list[Runner] = []
     rates: Rates | None = None
     for name, case, shadowed in (("balanced", even, False), ("skewed", skewed, False), ("shadowed", skewed, True)):
@@ -60,7 +59,7 @@ def bench_skew(config: Config, mesh: Mesh, rounds: int, times: float, num_hot: i
     _check(runners, even)
     sent = {one.contestant.name: int(most_of(bytes_sent(one.contestant, mesh), mesh)) for one in runners}
     samples = race([one.contestant for one in runners], mesh, rounds)
-    facts = {"timed": "skew", **facts_of(config, mesh, gemm)}
+    facts = {"timed": "skew", **facts_of(config, mesh, kernels.gemm_name)}
     results = []
     for one in runners:
         name, own = one.contestant.name, {"hot": list(one.hot), "busiest": one.rows, "model_seconds": one.cost.seconds}

@@ -16,11 +16,10 @@ from moetrain.data import Loader, prepare
 from moetrain.engine import make_engine
 from moetrain.models.decoder import Decoder
 from moetrain.monitor.window import Window
-from moetrain.ops.kernels import fastest_gemm, make_kernels
 from moetrain.ops.timeline import Timeline
-from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.machine import processor
 from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
+from moetrain.resume import choose_kernels
 
 CORE, PRODUCTS_AND_WAITING = ("experts", "attention"), ("exchange", "vocabulary")
 
@@ -64,9 +63,8 @@ def step_bench(config: Config, rounds: int, alone: bool) -> str | None:
 
 
 def _race(config: Config, mesh: Mesh, vocab_size: int, loader: Loader, rounds: int, alone: bool) -> StepReport:
-    gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
     timeline = Timeline(mesh.device)
-    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
+    kernels = choose_kernels(config, mesh, None)
     model = Decoder(config, mesh, vocab_size, timeline, kernels)
     engine = make_engine(config, model, mesh, loader.accumulation)
     window = Window(mesh)
@@ -103,7 +101,7 @@ def _race(config: Config, mesh: Mesh, vocab_size: int, loader: Loader, rounds: i
             theirs += other
             phases = {name: phases.get(name, 0.0) + seconds / rounds for name, seconds in found.items()}
     tokens = sum(batch.tokens_BS.numel() for batch in batches) * mesh.world_size
-    return StepReport(ours, theirs, phases, tokens, gemm)
+    return StepReport(ours, theirs, phases, tokens, kernels.gemm_name)
 
 
 def _text(report: StepReport, mesh: Mesh) -> str:

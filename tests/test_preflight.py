@@ -134,12 +134,11 @@ def wrong_exchange(case: Case) -> None:
 
 
 def slow(case: Case) -> None:
-    """Messages of one rank take 20 ms longer."""
-    usual = dist.batch_isend_irecv
+    """By its clock, messages of one rank take 20 ms longer."""
+    usual, clock = dist.batch_isend_irecv, exchange.perf_counter
 
     def late(messages: Any) -> Any:
-        if case.rank == OWN:
-            time.sleep(0.02)
+        clock.now += 0.02 if case.rank == OWN else 0.0
         return usual(messages)
 
     case.patch(dist, "batch_isend_irecv", late)
@@ -181,16 +180,26 @@ FAILS = {
     raises: dict.fromkeys(("versions", "run.root", "disk", "memory"), "PermissionError: planted on rank 1"),
 }
 WARNS = {
-    slow: {"world speed": r"messages with rank 1 take longer .*: rank 1 \d+\.\dx$"},
+    slow: {"world speed": r"messages with rank 1 take longer than the median of 1.0 ms: rank 1 21.0x$"},
     fast_clock: {"clocks": r"the clock of rank 1 is (89|90)\.\d s ahead of that of rank "},
 }
 PLANTS: list[Callable[[Case], None]] = [nothing, *FAILS, *WARNS]
 
 
+class Clock:
+    """Goes on by a millisecond whenever somebody looks, so that no load of this machine is taken for a slow rank."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
 def examined(rank: int, world: int, folder: str, corpus: Corpus) -> list[list[dict[str, Any]]]:
     """What ``examine`` finds of each plant."""
     mesh, known = mesh_of_world(2, CPU), origin(world)
-    exchange.NUM_BYTES, exchange.REPEATS = 2**14, 1
+    exchange.NUM_BYTES, exchange.REPEATS, exchange.perf_counter = 2**14, 1, Clock()
     config = tiny(train__checkpoint_every=2, train__keep_checkpoints=1, run__root="outputs", engine__ep_size=2)
     os.chdir(folder)
     found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -107,16 +106,14 @@ def test_a_drain_begins_anew_in_the_same_phase(now):
     assert busy(timeline.drain()) == {"attention": 2.0}
 
 
-def test_a_mark_costs_less_than_20_microseconds():
-    timeline = Timeline(CPU)
+def test_a_mark_is_one_look_at_the_clock_each_way_and_copies_nothing(monkeypatch):
+    timeline, looks = Timeline(CPU), []
+    monkeypatch.setattr(timeline_module, "perf_counter", lambda: looks.append(None) or 0.0)
     x = torch.ones(4, requires_grad=True)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(200):
-            timeline.through(x, "rest", "route")
-        best = min(best, (time.perf_counter() - start) / 200)
-    assert best < 20e-6
+    y = timeline.through(x, "rest", "route")
+    assert (len(looks), y.data_ptr()) == (1, x.data_ptr())
+    y.backward(torch.ones(4))
+    assert len(looks) == 2
 
 
 def test_the_device_clock_reads_events_only_when_drained(monkeypatch):

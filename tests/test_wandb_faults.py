@@ -71,8 +71,8 @@ def test_training_does_not_notice(mode: str, fault: str, tmp_path: Path, mute_se
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean | account, check=False)
     assert done.returncode == 0, done.stderr
     slowest, closing, records, failure = done.stdout.split(maxsplit=3)
-    assert float(slowest) < 0.25
-    assert float(closing) < 5.0
+    assert float(slowest) < 2.0, "no call waits out a time limit, of 3 s"
+    assert float(closing) < 30.0, "wandb's own limits are minutes"
     assert int(records) == 201, "each is counted, as sent or as lost"
     assert time.monotonic() - start < 90, "nor does the process hang when it ends"
     if fault == "full":  # wandb itself says nothing of that

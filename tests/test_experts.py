@@ -13,12 +13,12 @@ from moetrain.config import ExpertsConfig
 from moetrain.engine.base import parameter_groups
 from moetrain.models.counts import size_report
 from moetrain.models.decoder import Decoder
-from moetrain.moe.experts import Experts, one_row_each
+from moetrain.moe.experts import Experts
 from moetrain.moe.replay import Replay
 from moetrain.ops.init import Draw
 from moetrain.ops.kernels import make_kernels
 from moetrain.rules.shapes import gate_to_limit, shared_to_join
-from moetrain.types import Dispatched
+from tests.arrived import arrived
 from tests.tiny import VOCAB, alone, ids, moe_layer, tiny
 
 CPU = torch.device("cpu")
@@ -76,14 +76,11 @@ def test_experts_equal_their_formula_in_value_and_gradient(case: dict[str, Any],
         if "bias" in name:
             torch.nn.init.normal_(parameter)
     x_RD = torch.randn(sum(sizes), DIM, requires_grad=True)
-    static = sizes[0] if len(set(sizes)) == 1 and sizes[0] else None
-    ends_e = torch.tensor(sizes).cumsum(0).to(torch.int32)
-    sent = Dispatched(x_RD, one_row_each(x_RD), None, ends_e, static, 0)
     wanted = torch.cat([plain(config, experts, e, part) for e, part in enumerate(x_RD.split(sizes))])
     inputs = [x_RD, *experts.parameters()]
     probe = torch.linspace(-1, 1, DIM)
     reference = torch.autograd.grad((wanted * probe).sum(), inputs)
-    out = experts(sent)
+    out = experts(arrived(x_RD, sizes))
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad((out * probe).sum(), inputs)
     for mine, theirs in zip(ours, reference, strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +25,8 @@ from moetrain.ops.permute import (
     tokens_of_rows_plain,
 )
 from moetrain.ops.slots import count_by_choice, count_experts, queue_positions, queue_positions_by_cumsum
-from moetrain.types import RowMap
+from moetrain.types import Dispatched, RowMap
+from tests.arrived import arrived
 
 CPU = torch.device("cpu")
 
@@ -173,15 +177,20 @@ def rows_of_copies(sizes: list[int]) -> RowMap:
     return RowMap(assignment_R, row_N.view(7, 3), has_empty=False)
 
 
+EXPERTS: dict[str, Callable[[Dispatched, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "grouped": grouped_swiglu,
+    "torch": partial(loop_swiglu, torch_gemm),
+    "onednn": partial(loop_swiglu, onednn_gemm),
+}
+
+
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("kind", ["grouped", "torch", "onednn"])
+@pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0], [4, 4, 4, 4]])
 def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
     sizes: list[int], dtype: torch.dtype, kind: str, weighted: bool
 ) -> None:
-    ends_e = torch.tensor(sizes).cumsum(0).to(torch.int32)
-    static = sizes[0] if len(set(sizes)) == 1 and sizes[0] else None
     results = []
     for reference in (False, True):
         torch.manual_seed(1)
@@ -189,13 +198,8 @@ def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
         weight_CK = torch.rand(rows.row_TK.shape, requires_grad=True) if weighted else None
         x_CD = torch.randn(rows.row_TK.shape[0], 8).to(dtype).requires_grad_()
         gate_up_eFD, down_eDF = (torch.randn(4, *s).to(dtype).requires_grad_() for s in ((32, 8), (8, 16)))
-        if reference:
-            out = experts_plain(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e)
-        elif kind == "grouped":
-            out = grouped_swiglu(x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
-        else:
-            gemm = torch_gemm if kind == "torch" else onednn_gemm
-            out = loop_swiglu(gemm, x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, static)
+        experts = experts_plain if reference else EXPERTS[kind]
+        out = experts(arrived(x_CD, sizes, rows, weight_CK), gate_up_eFD, down_eDF)
         (out.float() * torch.linspace(0, 1, 8)).sum().backward()
         results.append([out, x_CD.grad, gate_up_eFD.grad, down_eDF.grad])
         results[-1] += [] if weight_CK is None else [weight_CK.grad]
@@ -208,19 +212,18 @@ def test_experts_equal_the_loop_and_trap14_empty_experts_have_zero_gradients(
 
 def test_no_slots_at_all_give_zero_gradients() -> None:
     """A chunk of a padded exchange may have none."""
-    x_RD, ends_e = torch.zeros(0, 16, requires_grad=True), torch.zeros(2, dtype=torch.int32)
+    sent = replace(arrived(torch.zeros(0, 16, requires_grad=True), [0, 0]), rows_per_expert=0)
     stacks = torch.randn(2, 64, 16, requires_grad=True), torch.randn(2, 16, 32, requires_grad=True)
-    grouped_swiglu(x_RD, None, one_row_each(x_RD), *stacks, ends_e, 0).sum().backward()
+    grouped_swiglu(sent, *stacks).sum().backward()
     assert all(stack.grad is not None and not stack.grad.any() for stack in stacks)
 
 
 @pytest.mark.parametrize(("num_rows", "looped"), [(LEAST_WORK // (6 * 16 * 32) * 2 + 2, True), (100, False)])
 def test_experts_with_little_to_do_are_taken_together(num_rows: int, looped: bool) -> None:
     """Two experts of D = 16, F = 32: six operations a row and number of theirs."""
-    x_RD = torch.randn(num_rows, 16, requires_grad=True)
+    sent = arrived(torch.randn(num_rows, 16, requires_grad=True), [num_rows // 2] * 2)
     stacks = torch.randn(2, 64, 16, requires_grad=True), torch.randn(2, 16, 32, requires_grad=True)
-    ends_e = torch.tensor([num_rows // 2, num_rows], dtype=torch.int32)
-    out_RD = make_kernels(CPU, "torch").experts(x_RD, None, one_row_each(x_RD), *stacks, ends_e, None)
+    out_RD = make_kernels(CPU, "torch").experts(sent, *stacks)
     assert out_RD.grad_fn is not None
     assert (out_RD.grad_fn.name() == "_LoopSwigluBackward") == looped
 
@@ -237,6 +240,20 @@ def test_linear_kernels_agree_and_the_probe_names_one_of_them() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     assert fastest_gemm(CPU) in ("torch", "onednn")
     assert has_onednn(), "this build of torch has lost the operator: the fallback is at work, see ops/kernels.py"
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(64, 8, 16), (64, 48, 16), (16, 48, 64)])
+def test_a_weight_gradient_turns_the_tall_factor_or_the_product_whichever_is_less(
+    rows: int, depth: int, columns: int
+) -> None:
+    """A stack of experts with few rows each spends a tenth of its time on turning products otherwise."""
+    grad_KM, x_KN = torch.randn(depth, rows), torch.randn(depth, columns)
+    out_MN = torch.zeros(rows, columns)
+    product_MN = onednn_gemm(grad_KM.t(), x_KN.t(), out_MN)
+    torch.testing.assert_close(product_MN, grad_KM.t() @ x_KN, rtol=1e-5, atol=1e-5)
+    assert product_MN.data_ptr() == out_MN.data_ptr()
+    turns_product = onednn_gemm(grad_KM.t(), x_KN.t()).stride(0) == 1
+    assert turns_product == (depth * columns + rows * columns < depth * rows)
 
 
 def test_initial_weights_depend_on_seed_name_and_global_expert_only() -> None:

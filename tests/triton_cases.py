@@ -13,14 +13,15 @@ from torch import Tensor
 from moetrain.ops.grouped_swiglu import experts_plain
 from moetrain.ops.triton_swiglu import triton_swiglu
 from moetrain.types import RowMap
+from tests.arrived import arrived
 
 NUM_COPIES, DIM, WIDTH, NUM_EXPERTS = 21, 24, 40, 3
 """None is a multiple of the interpreter's tiles of 16; an expert that gets all has two tiles."""
 IN_BF16 = ("random", "padded")
 
 
-def routed(case: str) -> tuple[RowMap, Tensor]:
-    """Rows grouped by expert, and where each expert's end."""
+def routed(case: str) -> tuple[RowMap, list[int]]:
+    """Rows grouped by expert, and how many each has."""
     top_k, generator = 9 if case == "ragged" else 2, torch.Generator().manual_seed(3)
     if case == "ragged":
         expert_CK = torch.randint(0, NUM_EXPERTS, (NUM_COPIES, top_k), generator=generator)
@@ -48,23 +49,20 @@ def routed(case: str) -> tuple[RowMap, Tensor]:
     row_N = torch.full((kept_CK.numel() + 1,), len(assignment_R))
     row_N[assignment_R] = torch.arange(len(assignment_R))
     row_N[-1] = len(assignment_R)
-    return RowMap(assignment_R, row_N[:-1].view(NUM_COPIES, top_k), True), sizes.cumsum(0).to(torch.int32)
+    return RowMap(assignment_R, row_N[:-1].view(NUM_COPIES, top_k), True), sizes.tolist()
 
 
 def results(case: str, dtype: torch.dtype, plain: bool) -> dict[str, Tensor]:
     """The output and the gradients."""
     torch.manual_seed(0)
-    rows, ends_e = routed(case)
+    rows, sizes = routed(case)
     x_CD = torch.randn(rows.row_TK.shape[0], DIM).to(dtype).requires_grad_()
     weight_CK = None if case == "no weights" else torch.rand(rows.row_TK.shape).requires_grad_()
     shapes = ((NUM_EXPERTS, 2 * WIDTH, DIM), (NUM_EXPERTS, DIM, WIDTH))
     gate_up_eFD, down_eDF = ((torch.randn(shape) / 5).to(dtype).requires_grad_() for shape in shapes)
-    weights = gate_up_eFD, down_eDF, ends_e
-    if plain:
-        padded_CD = torch.cat([x_CD, x_CD.new_zeros(1, DIM)])
-        out = experts_plain(padded_CD, weight_CK, rows, *weights)
-    else:
-        out = triton_swiglu(x_CD, weight_CK, rows, *weights, None)
+    copies_CD = torch.cat([x_CD, x_CD.new_zeros(1, DIM)]) if plain else x_CD
+    experts = experts_plain if plain else triton_swiglu
+    out = experts(arrived(copies_CD, sizes, rows, weight_CK), gate_up_eFD, down_eDF)
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     given = {"x": x_CD, "weight": weight_CK, "gate_up": gate_up_eFD, "down": down_eDF}
     return {"out": out.detach(), **{name: t.grad for name, t in given.items() if t is not None}}

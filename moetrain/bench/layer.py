@@ -77,12 +77,13 @@ def bench_layer(
     """
     field = _dispatchers if exchange_only else _field
     gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
+    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
     results: list[Result] = []
     for config in configs:
-        facts = {"timed": "exchange" if exchange_only else "layer", **facts_of(config, mesh, gemm)}
+        facts = {"timed": "exchange" if exchange_only else "layer", **facts_of(config, mesh, kernels.gemm_name)}
         for routing in routings:
             case = layer_case(config, mesh, routing)
-            contestants, missing = field(case, config, gemm)
+            contestants, missing = field(case, config, kernels)
             contestants = _chosen(contestants, against)
             _check(contestants, case, TOLERANCE[case.x_TD.dtype] + ROUNDING[config.dispatch.get("payload", "exact")])
             sent = {
@@ -124,9 +125,8 @@ def _chosen(contestants: list[Contestant], against: Sequence[str]) -> list[Conte
     return [ours, *(one for one in others if any(word in one.name for word in against))]
 
 
-def _field(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
+def _field(case: LayerCase, config: Config, kernels: Kernels) -> tuple[list[Contestant], list[str]]:
     theirs, missing = peers(case)
-    kernels = make_kernels(case.mesh.device, "onednn" if gemm == "onednn" else "torch")
     plain = torch_kernels()
     ours = [_ours(case, config, kernels, "moetrain")]
     if has_triton():
@@ -147,8 +147,7 @@ def _dispatch(config: Config, target: str) -> dict[str, Any]:
     return {"_target_": target, **{key: config.dispatch[key] for key in shared if key in config.dispatch}}
 
 
-def _dispatchers(case: LayerCase, config: Config, gemm: str) -> tuple[list[Contestant], list[str]]:
-    kernels = make_kernels(case.mesh.device, "onednn" if gemm == "onednn" else "torch")
+def _dispatchers(case: LayerCase, config: Config, kernels: Kernels) -> tuple[list[Contestant], list[str]]:
     limited = replace(config, capacity=replace(config.capacity, factor_train=1.25, factor_eval=1.25))
     choices = [
         ("dedup", DEDUP, config, ""),

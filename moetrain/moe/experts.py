@@ -71,13 +71,14 @@ class Experts(nn.Module):
         assert sent.weight_CK is not None
         rows, weight_R = sent.rows, weights_of_rows(sent.weight_CK, sent.rows)
         rows_RD = (rows_of_tokens(sent.x_CD, rows) * weight_R.unsqueeze(1)).to(sent.x_CD.dtype)
-        one_each = replace(sent, x_CD=rows_RD, rows=one_row_each(rows_RD), weight_CK=None)
+        one_each = replace(sent, x_CD=rows_RD, rows=one_row_each(rows_RD), weight_CK=None, weight_on="output")
         return tokens_of_rows(self._sums(one_each, stacks), None, rows)
 
     def _sums(self, sent: Dispatched, stacks: tuple[Tensor, ...]) -> Tensor:
+        assert sent.weight_on == "output"
         (first, down, *biases), groups = stacks, (sent.ends_e, sent.rows_per_expert)
         if self.activation == Activation("swiglu") and not self.has_bias:
-            return self.kernels.experts(sent.x_CD, sent.weight_CK, sent.rows, first, down, *groups)
+            return self.kernels.experts(sent, first, down)
         hidden_RF = grouped_linear(rows_of_tokens(sent.x_CD, sent.rows), first, *groups)
         if biases:
             hidden_RF = add_grouped(hidden_RF, biases[0], *groups)

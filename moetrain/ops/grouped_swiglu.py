@@ -21,21 +21,13 @@ from moetrain.ops.permute import (
     weights_of_rows,
 )
 from moetrain.ops.swiglu import swiglu, swiglu_backward
-from moetrain.types import RowMap
+from moetrain.types import Dispatched, RowMap
 
 
-def grouped_swiglu(
-    x_CD: Tensor,
-    weight_CK: Tensor | None,
-    rows: RowMap,
-    gate_up_eFD: Tensor,
-    down_eDF: Tensor,
-    ends_e: Tensor,
-    rows_per_expert: int | None,
-) -> Tensor:
+def grouped_swiglu(sent: Dispatched, gate_up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
     """What ``experts_plain`` gives, [C, D]."""
-    args = x_CD, weight_CK, gate_up_eFD, down_eDF
-    out: Tensor = _GroupedSwiglu.apply(rows, ends_e, rows_per_expert, *args)
+    groups = sent.ends_e, sent.rows_per_expert
+    out: Tensor = _GroupedSwiglu.apply(sent.rows, groups, sent.x_CD, sent.weight_CK, gate_up_eFD, down_eDF)
     return out
 
 
@@ -44,16 +36,15 @@ class _GroupedSwiglu(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: RowMap,
-        ends_e: Tensor,
-        rows_per_expert: int | None,
+        groups: tuple[Tensor, int | None],
         x_CD: Tensor,
         weight_CK: Tensor | None,
         gate_up_eFD: Tensor,
         down_eDF: Tensor,
     ) -> Tensor:
-        ctx.rows, ctx.groups = rows, (ends_e, rows_per_expert)
-        h_RF = grouped_linear(take_rows(x_CD, rows), gate_up_eFD, *ctx.groups)
-        y_RD = grouped_linear(swiglu(h_RF), down_eDF, *ctx.groups)
+        ctx.rows, ctx.groups = rows, groups
+        h_RF = grouped_linear(take_rows(x_CD, rows), gate_up_eFD, *groups)
+        y_RD = grouped_linear(swiglu(h_RF), down_eDF, *groups)
         ctx.save_for_backward(x_CD, weight_CK, gate_up_eFD, down_eDF, h_RF)
         return plain_sum(y_RD, rows) if weight_CK is None else weighted_sum(y_RD, weight_CK, rows)
 
@@ -69,17 +60,15 @@ class _GroupedSwiglu(torch.autograd.Function):
         grad_gate_up = grouped_outer(dh_RF, take_rows(x_CD, rows), *groups)
         grad_CD = plain_sum(grouped_linear(dh_RF, gate_up_eFD.transpose(1, 2), *groups), rows)
         grad_weight_CK = None if dot_R is None else of_assignments(dot_R, rows)
-        return None, None, None, grad_CD, grad_weight_CK, grad_gate_up, grad_down
+        return None, None, grad_CD, grad_weight_CK, grad_gate_up, grad_down
 
 
-def experts_plain(
-    x_CD: Tensor, weight_CK: Tensor | None, rows: RowMap, gate_up_eFD: Tensor, down_eDF: Tensor, ends_e: Tensor
-) -> Tensor:
+def experts_plain(sent: Dispatched, gate_up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
     """The reference of every implementation, left to autograd: for each copy of a token the weighted sum over its rows
     of ``down_e (silu(gate_e x) * up_e x)``, the plain sum without weights.
     """
-    sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
-    blocks = zip(x_CD[rows.token_R].split(sizes), gate_up_eFD.unbind(0), down_eDF.unbind(0), strict=True)
+    sizes = torch.diff(sent.ends_e, prepend=sent.ends_e.new_zeros(1)).tolist()
+    blocks = zip(sent.x_CD[sent.rows.token_R].split(sizes), gate_up_eFD.unbind(0), down_eDF.unbind(0), strict=True)
     y_RD = torch.cat([swiglu(x_RD @ gate_up.t()) @ down.t() for x_RD, gate_up, down in blocks])
-    ones_CK = torch.ones(rows.row_TK.shape, device=x_CD.device)
-    return tokens_of_rows_plain(y_RD, ones_CK if weight_CK is None else weight_CK, rows)
+    ones_CK = torch.ones(sent.rows.row_TK.shape, device=y_RD.device)
+    return tokens_of_rows_plain(y_RD, ones_CK if sent.weight_CK is None else sent.weight_CK, sent.rows)

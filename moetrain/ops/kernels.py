@@ -19,10 +19,10 @@ from torch import Tensor
 from moetrain.ops.grouped_swiglu import grouped_swiglu
 from moetrain.ops.loop_swiglu import Gemm, loop_swiglu
 from moetrain.ops.triton_swiglu import has_triton, triton_swiglu
-from moetrain.types import ConfigError, Problem, RowMap
+from moetrain.types import ConfigError, Dispatched, Problem
 
 GemmName = Literal["torch", "onednn"]
-ExpertsName = Literal["loop", "grouped_mm", "triton"]
+ExpertsName = Literal["loop or grouped_mm", "grouped_mm", "triton"]
 PROBE_SIZE, PROBE_ROUNDS, CLEAR_GAIN = 512, 5, 1.15
 LEAST_WORK = 12_000_000
 """FLOPs of an expert's forward, on average, below which a loop in Python costs more than a faster product gains."""
@@ -30,19 +30,19 @@ LEAST_WORK = 12_000_000
 
 @dataclass(frozen=True)
 class Kernels:
-    """linear: [..., I] x [O, I] -> [..., O]. experts: SwiGLU on what arrived, (x_CD, weight_CK, rows, gate_up_eFD,
-    down_eDF, ends_e, rows_per_expert) -> [C, D], as ``experts_plain``.
+    """linear: [..., I] x [O, I] -> [..., O]. experts: SwiGLU on what arrived, (sent, gate_up_eFD, down_eDF) -> [C, D],
+    as ``experts_plain``; weights multiply what experts give.
     """
 
     gemm_name: GemmName
     experts_name: ExpertsName
     linear: Callable[[Tensor, Tensor], Tensor]
-    experts: Callable[[Tensor, Tensor | None, RowMap, Tensor, Tensor, Tensor, int | None], Tensor]
+    experts: Callable[[Dispatched, Tensor, Tensor], Tensor]
 
 
 def make_kernels(device: torch.device, gemm_name: GemmName, experts: Literal["torch", "triton"] = "torch") -> Kernels:
-    """The kernels of a device. On a CPU experts are taken one by one, elsewhere by torch's grouped product or, if asked
-    for, by Triton kernels that gather tokens where they are read.
+    """The kernels of a device. On a CPU experts are taken one by one where that pays (``LEAST_WORK``), elsewhere by
+    torch's grouped product or, if asked for, by Triton kernels that gather tokens where they are read.
     """
     if experts == "triton":
         if not has_triton():
@@ -51,9 +51,8 @@ def make_kernels(device: torch.device, gemm_name: GemmName, experts: Literal["to
         return Kernels("torch", "triton", torch.nn.functional.linear, triton_swiglu)
     if device.type != "cpu":
         return torch_kernels()
-    if gemm_name == "torch":
-        return Kernels("torch", "loop", torch.nn.functional.linear, partial(_looped, torch_gemm))
-    return Kernels("onednn", "loop", onednn_linear, partial(_looped, onednn_gemm))
+    gemm, linear = (torch_gemm, torch.nn.functional.linear) if gemm_name == "torch" else (onednn_gemm, onednn_linear)
+    return Kernels(gemm_name, "loop or grouped_mm", linear, partial(_loop_or_grouped, gemm))
 
 
 def torch_kernels() -> Kernels:
@@ -61,22 +60,14 @@ def torch_kernels() -> Kernels:
     return Kernels("torch", "grouped_mm", torch.nn.functional.linear, grouped_swiglu)
 
 
-def _looped(
-    gemm: Gemm,
-    x_CD: Tensor,
-    weight_CK: Tensor | None,
-    rows: RowMap,
-    gate_up_eFD: Tensor,
-    down_eDF: Tensor,
-    ends_e: Tensor,
-    rows_per_expert: int | None,
-) -> Tensor:
+def _loop_or_grouped(gemm: Gemm, sent: Dispatched, gate_up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
     """One by one, unless there is too little to do for each: by torch's grouped product then. The number of rows that
     have come decides, so that a rank may round one way in one step and the other way in the next.
     """
-    experts = x_CD, weight_CK, rows, gate_up_eFD, down_eDF, ends_e, rows_per_expert
-    work = 6 * rows.assignment_R.shape[0] * down_eDF[0].numel() / down_eDF.shape[0]
-    return loop_swiglu(gemm, *experts) if work >= LEAST_WORK else grouped_swiglu(*experts)
+    work = 6 * sent.rows.assignment_R.shape[0] * down_eDF[0].numel() / down_eDF.shape[0]
+    if work >= LEAST_WORK:
+        return loop_swiglu(gemm, sent, gate_up_eFD, down_eDF)
+    return grouped_swiglu(sent, gate_up_eFD, down_eDF)
 
 
 def fastest_gemm(device: torch.device) -> GemmName:
@@ -102,13 +93,16 @@ def onednn_gemm(a_MK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor
     """The same in exact fp32. Other dtypes go the common way, which is oneDNN already."""
     if a_MK.dtype != torch.float32 or a_MK.numel() == 0 or b_NK.numel() == 0:
         return torch_gemm(a_MK, b_NK, out)
-    if (
-        a_MK.stride(0) == 1 and a_MK.shape[0] > b_NK.shape[0]
-    ):  # a transposed left factor is copied: let it be the narrower
-        product_MN = _pointwise(b_NK, a_MK).t()
-    else:
-        product_MN = _pointwise(a_MK, b_NK)
+    product_MN = _pointwise(b_NK, a_MK).t() if _is_wide(a_MK, b_NK) else _pointwise(a_MK, b_NK)
     return product_MN if out is None else out.copy_(product_MN)
+
+
+def _is_wide(a_MK: Tensor, b_NK: Tensor) -> bool:
+    """Whether ``b a^T`` turns fewer numbers: a left factor that lies transposed is turned before the product, that
+    product after it.
+    """
+    (rows, depth), columns = a_MK.shape, b_NK.shape[0]
+    return a_MK.stride(0) == 1 and columns * (rows + depth) < rows * depth
 
 
 def _pointwise(a_MK: Tensor, b_NK: Tensor) -> Tensor:

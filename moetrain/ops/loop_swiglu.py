@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.ops.permute import of_assignments, plain_sum, weighted_sum, weights_of_rows
 from moetrain.ops.swiglu import swiglu, swiglu_backward
-from moetrain.types import RowMap
+from moetrain.types import Dispatched, RowMap
 
 
 class Gemm(Protocol):
@@ -23,22 +23,13 @@ class Gemm(Protocol):
     def __call__(self, a_MK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
-def loop_swiglu(
-    gemm: Gemm,
-    x_CD: Tensor,
-    weight_CK: Tensor | None,
-    rows: RowMap,
-    gate_up_eFD: Tensor,
-    down_eDF: Tensor,
-    ends_e: Tensor,
-    rows_per_expert: int | None,
-) -> Tensor:
+def loop_swiglu(gemm: Gemm, sent: Dispatched, gate_up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
     """What ``experts_plain`` gives, [C, D]."""
-    if rows_per_expert is None:
-        sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
+    if sent.rows_per_expert is None:
+        sizes = torch.diff(sent.ends_e, prepend=sent.ends_e.new_zeros(1)).tolist()
     else:
-        sizes = [rows_per_expert] * gate_up_eFD.shape[0]
-    out: Tensor = _LoopSwiglu.apply(gemm, sizes, rows, x_CD, weight_CK, gate_up_eFD, down_eDF)
+        sizes = [sent.rows_per_expert] * gate_up_eFD.shape[0]
+    out: Tensor = _LoopSwiglu.apply(gemm, sizes, sent.rows, sent.x_CD, sent.weight_CK, gate_up_eFD, down_eDF)
     return out
 
 

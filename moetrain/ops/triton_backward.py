@@ -41,10 +41,6 @@ class Groups:
         given = {"size_class": size_class, "NUM_EXPERTS": num_experts, "DIM": dim, "WIDTH": width}
         return given | {"enable_fp_fusion": True}
 
-    def row_keys(self, dim: int, width: int) -> dict[str, int]:
-        """For products over rows, which look for their expert."""
-        return self.keys(dim, width) | {"BLOCK_E": triton.next_power_of_2(self.ends_e.shape[0])}
-
     def token_keys(self) -> dict[str, int]:
         """For those which look for a row's token."""
         return {"num_assignments": self.rows.row_TK.numel(), "TOP_K": self.rows.row_TK.shape[1]}
@@ -70,7 +66,7 @@ class TritonSwiglu(torch.autograd.Function):
             h_RF,
             act_RF,
             **groups.token_keys(),
-            **groups.row_keys(dim, width),
+            **groups.keys(dim, width),
         )
         ctx.groups = groups
         ctx.save_for_backward(x_CD, weight_CK, gate_up_eFD, down_eDF, h_RF)
@@ -101,7 +97,7 @@ def _rows_product(left_RW: Tensor, weight_eXX: Tensor, strides: tuple[int, int],
         out_RD,
         STRIDE_D=strides[0],
         STRIDE_W=strides[1],
-        **groups.row_keys(dim, width),
+        **groups.keys(dim, width),
     )
     return out_RD
 
@@ -126,7 +122,7 @@ def _activation_backward(
         num_rows=groups.num_rows,
         WEIGHTED=weight_CK is not None,
         **groups.token_keys(),
-        **groups.row_keys(dim, width),
+        **groups.keys(dim, width),
     )
     return dh_RF, act_RF, dot_BR.sum(0)
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moetrain.ops.triton_tiles import BLOCK_F, KEY, UNSPECIALIZED, add_product, find_tile, tuned, two_products
+from moetrain.ops.triton_tiles import BLOCK_F, UNSPECIALIZED, add_product, find_tile, find_tokens, tuned, two_products
 
 
-@triton.autotune(
-    tuned(
-        (128, 128, 64, 8, 3),
-        (128, 64, 64, 8, 4),
-        (128, 64, 64, 4, 3),
-        (64, 128, 64, 8, 3),
-        (64, 64, 64, 4, 4),
-        (64, 64, 32, 4, 3),
-    ),
-    KEY,
+@tuned(
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 8, 4),
+    (128, 64, 64, 4, 3),
+    (64, 128, 64, 8, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 32, 4, 3),
 )
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gathered_swiglu(
@@ -35,7 +32,6 @@ def gathered_swiglu(
     size_class: tl.tensor,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -43,15 +39,13 @@ def gathered_swiglu(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """``h = x[token] gate_up_e^T`` [R, 2F] and ``act = silu(gate) * up`` [R, F], of h as it was rounded."""
-    num_cols: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    expert, row_M, is_row_M = find_tile(ends_e, tl.program_id(0) // num_cols, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    expert, row_M, is_row_M, col = find_tile(ends_e, WIDTH, NUM_EXPERTS, BLOCK_M, BLOCK_N)
     if expert >= NUM_EXPERTS:
         return
-    col_N = tl.program_id(0) % num_cols * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_N = col + tl.arange(0, BLOCK_N)
     is_col_N = col_N < WIDTH
-    assignment_M = tl.load(assignment_R + row_M, mask=is_row_M, other=0)
-    x_M = x_CD + assignment_M // TOP_K * DIM
-    is_token_M = is_row_M & (assignment_M < num_assignments)
+    _, token_M, is_token_M = find_tokens(assignment_R, row_M, is_row_M, num_assignments, TOP_K)
+    x_M = x_CD + token_M * DIM
     gate_N = gate_up_eFD + (expert * 2 * WIDTH + col_N) * DIM
     up_N = gate_N + WIDTH * DIM
     gate, up = two_products(x_M, is_token_M, gate_N, is_col_N, up_N, is_col_N, DIM, 1, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -64,16 +58,13 @@ def gathered_swiglu(
     tl.store(act_RF + row_M[:, None] * WIDTH + col_N[None, :], act, mask=is_out)
 
 
-@triton.autotune(
-    tuned(
-        (128, 256, 64, 8, 3),
-        (128, 128, 64, 8, 3),
-        (128, 128, 32, 4, 4),
-        (64, 256, 64, 8, 3),
-        (64, 128, 64, 4, 4),
-        (64, 64, 32, 4, 4),
-    ),
-    KEY,
+@tuned(
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 4, 4),
+    (64, 256, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+    (64, 64, 32, 4, 4),
 )
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def rows_product(
@@ -85,7 +76,6 @@ def rows_product(
     STRIDE_D: tl.constexpr,
     STRIDE_W: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,11 +83,10 @@ def rows_product(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """[R, W] by each expert's [D, W], however that lies in memory, to [R, D]."""
-    num_cols: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
-    expert, row_M, is_row_M = find_tile(ends_e, tl.program_id(0) // num_cols, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    expert, row_M, is_row_M, col = find_tile(ends_e, DIM, NUM_EXPERTS, BLOCK_M, BLOCK_N)
     if expert >= NUM_EXPERTS:
         return
-    col_N = tl.program_id(0) % num_cols * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_N = col + tl.arange(0, BLOCK_N)
     is_col_N = col_N < DIM
     weight_N = weight_eDW + expert * DIM * WIDTH + col_N * STRIDE_D
     left_M = left_RW + row_M * WIDTH
@@ -141,9 +130,7 @@ def through_swiglu(
     tl.store(act_RF + row_M[:, None] * WIDTH + col_N[None, :], act * weight_M[:, None], mask=is_out)
 
 
-@triton.autotune(
-    tuned((128, BLOCK_F, 64, 8, 3), (128, BLOCK_F, 64, 8, 4), (64, BLOCK_F, 64, 8, 3), (64, BLOCK_F, 64, 4, 4)), KEY
-)
+@tuned((128, BLOCK_F, 64, 8, 3), (128, BLOCK_F, 64, 8, 4), (64, BLOCK_F, 64, 8, 3), (64, BLOCK_F, 64, 4, 4))
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def activation_backward(
     grad_CD: tl.tensor,
@@ -161,7 +148,6 @@ def activation_backward(
     WEIGHTED: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,40 +158,34 @@ def activation_backward(
     each block of columns the row's part of its weight's gradient, ``(grad[token] down_e) . act``, fp32
     [F / BLOCK_N, R]. Not WEIGHTED: weights are 1. A tile has two blocks of columns.
     """
-    num_cols: tl.constexpr = (WIDTH + 2 * BLOCK_N - 1) // (2 * BLOCK_N)
-    expert, row_M, is_row_M = find_tile(ends_e, tl.program_id(0) // num_cols, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    expert, row_M, is_row_M, col = find_tile(ends_e, WIDTH, NUM_EXPERTS, BLOCK_M, 2 * BLOCK_N)
     if expert >= NUM_EXPERTS:
         return
-    block = tl.program_id(0) % num_cols * 2
-    col_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_N = col + tl.arange(0, BLOCK_N)
     next_N = col_N + BLOCK_N
     is_col_N, is_next_N = col_N < WIDTH, next_N < WIDTH
-    assignment_M = tl.load(assignment_R + row_M, mask=is_row_M, other=0)
-    is_token_M = is_row_M & (assignment_M < num_assignments)
+    assignment_M, token_M, is_token_M = find_tokens(assignment_R, row_M, is_row_M, num_assignments, TOP_K)
     weight_M = tl.full((BLOCK_M,), 1.0, tl.float32)
     if WEIGHTED:
         weight_M = tl.load(weight_CK + assignment_M, mask=is_token_M, other=0.0)
-    grad_M = grad_CD + assignment_M // TOP_K * DIM
+    grad_M = grad_CD + token_M * DIM
     down_N = down_eDF + expert * DIM * WIDTH + col_N
     dact, next_dact = two_products(
         grad_M, is_token_M, down_N, is_col_N, down_N + BLOCK_N, is_next_N, DIM, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    dot_R = dot_BR + block * num_rows
+    dot_R = dot_BR + col // BLOCK_N * num_rows
     through_swiglu(dact, weight_M, row_M, is_row_M, col_N, is_col_N, h_RF, dh_RF, act_RF, dot_R, WIDTH)
     dot_R += num_rows
     through_swiglu(next_dact, weight_M, row_M, is_row_M, next_N, is_next_N, h_RF, dh_RF, act_RF, dot_R, WIDTH)
 
 
-@triton.autotune(
-    tuned(
-        (128, 256, 64, 8, 5),
-        (256, 128, 64, 8, 5),
-        (128, 128, 64, 8, 5),
-        (128, 128, 32, 4, 5),
-        (64, 128, 64, 4, 5),
-        (64, 64, 32, 4, 5),
-    ),
-    KEY,
+@tuned(
+    (128, 256, 64, 8, 5),
+    (256, 128, 64, 8, 5),
+    (128, 128, 64, 8, 5),
+    (128, 128, 32, 4, 5),
+    (64, 128, 64, 4, 5),
+    (64, 64, 32, 4, 5),
 )
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def weights_product(
@@ -241,11 +221,11 @@ def weights_product(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_K):
         row_K = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        assignment_K = tl.load(assignment_R + row_K, mask=row_K < end, other=num_assignments)
+        _, token_K, is_token_K = find_tokens(assignment_R, row_K, row_K < end, num_assignments, TOP_K)
         is_left = (w_M < WIDTH)[:, None] & (row_K < end)[None, :]
         left = tl.load(left_RW + row_K[None, :] * WIDTH + w_M[:, None], mask=is_left, other=0.0)
-        is_x = (assignment_K < num_assignments)[:, None] & (d_N < DIM)[None, :]
-        x = tl.load(x_CD + (assignment_K // TOP_K * DIM)[:, None] + d_N[None, :], mask=is_x, other=0.0)
+        is_x = is_token_K[:, None] & (d_N < DIM)[None, :]
+        x = tl.load(x_CD + (token_K * DIM)[:, None] + d_N[None, :], mask=is_x, other=0.0)
         total = add_product(left, x, total)
     out = out_eWD + expert * DIM * WIDTH + w_M[:, None] * STRIDE_W + d_N[None, :] * STRIDE_D
     tl.store(out, total, mask=(w_M < WIDTH)[:, None] & (d_N < DIM)[None, :])

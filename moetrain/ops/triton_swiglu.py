@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moetrain.types import RowMap
+from moetrain.types import Dispatched
 
 
 def has_triton() -> bool:
@@ -29,15 +29,7 @@ def has_triton() -> bool:
     return True
 
 
-def triton_swiglu(
-    x_CD: Tensor,
-    weight_CK: Tensor | None,
-    rows: RowMap,
-    gate_up_eFD: Tensor,
-    down_eDF: Tensor,
-    ends_e: Tensor,
-    rows_per_expert: int | None,
-) -> Tensor:
+def triton_swiglu(sent: Dispatched, gate_up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
     """What ``experts_plain`` gives, [C, D]; sums are fp32, without atomics: the same bits again in the same process.
 
     x, gate_up and down: bf16 or fp32, one dtype, which the result has; weight_CK: fp32; ends_e: int32. Rows may be
@@ -47,9 +39,10 @@ def triton_swiglu(
     """
     from moetrain.ops.triton_backward import Groups, TritonSwiglu  # here, since not every machine has Triton
 
-    assert all(t.is_contiguous() for t in (gate_up_eFD, down_eDF, rows.row_TK))
-    assert x_CD.dtype == gate_up_eFD.dtype == down_eDF.dtype
-    assert ends_e.dtype == torch.int32
-    weight_CK = None if weight_CK is None else weight_CK.contiguous()
-    out: Tensor = TritonSwiglu.apply(Groups(rows, ends_e), x_CD.contiguous(), weight_CK, gate_up_eFD, down_eDF)
+    assert all(t.is_contiguous() for t in (gate_up_eFD, down_eDF, sent.rows.row_TK))
+    assert sent.x_CD.dtype == gate_up_eFD.dtype == down_eDF.dtype
+    assert sent.ends_e.dtype == torch.int32
+    groups, x_CD = Groups(sent.rows, sent.ends_e), sent.x_CD.contiguous()
+    weight_CK = None if sent.weight_CK is None else sent.weight_CK.contiguous()
+    out: Tensor = TritonSwiglu.apply(groups, x_CD, weight_CK, gate_up_eFD, down_eDF)
     return out

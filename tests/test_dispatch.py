@@ -17,12 +17,16 @@ from moetrain.parallel.mesh import Mesh, mesh_of_world
 from moetrain.types import Placement, RouterInput, Routing
 from tests.forced import forced
 from tests.ranks import run_ranks
+from tests.test_layer_gates import host_waits, layer_of
 from tests.tiny import ROUTER, alone, ids, moe_layer, seen, there_and_back, tiny
 
 TOKENS = 24
 ROUTINGS = ["random", "all_to_one", "all_to_last_rank", "one_rank_silent", "nothing_kept"]
 CPU = torch.device("cpu")
 SHARDED = [name for name in options("dispatch") if name != "local"]
+DROPLESS = [name for name in SHARDED if name != "padded"]
+Case = tuple[str, str, float | None, int]
+"""Dispatcher, kind of routing, capacity factor, chunks."""
 
 
 def chosen(kind: str, rank: int) -> torch.Tensor:
@@ -58,14 +62,19 @@ class ForcedCapacity(torch.nn.Module):
         return replace(placement, kept_TK=placement.kept_TK & self.kept_TK)
 
 
-def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | None) -> dict[str, np.ndarray]:
+def run_layer(mesh: Mesh, case: Case, rank: int) -> dict[str, np.ndarray]:
     """Forward and backward of one layer on the tokens of ``rank``: output and all gradients."""
-    config = tiny(dispatch=dispatch, capacity__factor_train=factor, capacity__minimum=2, experts__num_shared=1)
+    dispatch, kind, factor, chunks = case
+    travels = {} if dispatch == "local" else {"dispatch__chunks": chunks}
+    config = tiny(
+        dispatch=dispatch, capacity__factor_train=factor, capacity__minimum=2, experts__num_shared=1, **travels
+    )
     layer = moe_layer(config, mesh)
-    kept_TK = torch.full((TOKENS, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
-    layer.router = ForcedRouter(layer.router, chosen(kind, rank))
+    num_tokens = 0 if kind == "one_rank_empty" and rank == 1 else TOKENS
+    kept_TK = torch.full((num_tokens, 2), kind != "nothing_kept" and not (kind == "one_rank_silent" and rank == 1))
+    layer.router = ForcedRouter(layer.router, chosen(kind, rank)[:num_tokens])
     layer.capacity = ForcedCapacity(layer.capacity, kept_TK)
-    x_TD = torch.randn(TOKENS, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    x_TD = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     out = layer(x_TD, ids(x_TD, 2), Replay())
     (out.hidden_TD.square().sum() + out.losses.balance + out.losses.z).backward()
     assert x_TD.grad is not None
@@ -76,28 +85,30 @@ def run_layer(mesh: Mesh, dispatch: str, kind: str, rank: int, factor: float | N
     return {k: v.numpy() for k, v in found.items()}
 
 
-def sharded(rank: int, world: int, cases: list[tuple[str, str, float | None]]) -> list[dict[str, np.ndarray]]:
+def sharded(rank: int, world: int, cases: list[Case]) -> list[dict[str, np.ndarray]]:
     mesh = mesh_of_world(world, CPU)
     results = []
     for case in cases:
         dist.barrier()
-        results.append(run_layer(mesh, case[0], case[1], rank, case[2]))
+        results.append(run_layer(mesh, case, rank))
     return results
 
 
-def cases(world: int) -> list[tuple[str, str, float | None]]:
-    """Every sharded dispatcher, with and without a capacity; the padded one can't do without."""
-    dropless: list[tuple[str, str, float | None]] = [(d, k, None) for d in SHARDED if d != "padded" for k in ROUTINGS]
-    limited: list[tuple[str, str, float | None]] = [(d, k, 1.0) for d in SHARDED for k in ROUTINGS]
-    return dropless + limited
+def cases() -> list[Case]:
+    """Every sharded dispatcher, with and without a capacity; the padded one can't do without. Besides, several chunks
+    where a rank has no tokens: it takes part in all of them.
+    """
+    dropless: list[Case] = [(d, k, None, 1) for d in DROPLESS for k in ROUTINGS]
+    limited: list[Case] = [(d, k, 1.0, 1) for d in SHARDED for k in ROUTINGS]
+    return [*dropless, *limited, *((d, "one_rank_empty", None, 3) for d in DROPLESS)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_dispatcher_equals_one_process(world: int) -> None:
     """TRAPS 14, 27, 34 and T15: values, gradients of inputs, router, experts; no rank may hang or skip a node."""
-    by_rank = run_ranks(world, sharded, cases(world))
-    for number, (dispatch, kind, factor) in enumerate(cases(world)):
-        alone_by_rank = [run_layer(alone(), "local", kind, rank, factor) for rank in range(world)]
+    by_rank = run_ranks(world, sharded, cases())
+    for number, (dispatch, kind, factor, _) in enumerate(cases()):
+        alone_by_rank = [run_layer(alone(), ("local", kind, factor, 1), rank) for rank in range(world)]
         label = f"{dispatch} {kind} capacity {factor}"
         for rank in range(world):
             ours, reference = by_rank[rank][number], alone_by_rank[rank]
@@ -112,8 +123,8 @@ def test_every_dispatcher_equals_one_process(world: int) -> None:
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("dispatch", SHARDED)
 def test_one_rank_of_its_own_equals_local(dispatch: str, kind: str) -> None:
-    ours = run_layer(alone(), dispatch, kind, 0, 1.0)
-    reference = run_layer(alone(), "local", kind, 0, 1.0)
+    ours = run_layer(alone(), (dispatch, kind, 1.0, 1), 0)
+    reference = run_layer(alone(), ("local", kind, 1.0, 1), 0)
     for name, value in reference.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -181,3 +192,25 @@ def test_no_token_travels_twice_to_a_node() -> None:
         assert least < sent <= 1.05 * least
     for sent, pairs in run_ranks(4, sent_and_reached, "dedup", 8, 2):
         assert sent > 1.5 * (4 * 512 * 4 * pairs)
+
+
+READS = [*((name, chunks) for name in SHARDED for chunks in (1, 3)), ("local", 1)]
+
+
+def reads_of(rank: int, world: int) -> list[tuple[list[str], list[str]]]:
+    """Of each of ``READS``, where the host waits in forward and backward; and where forward is computed again there."""
+    mesh, found = mesh_of_world(world, CPU), []
+    for name, chunks in READS:
+        where, factor = (alone() if name == "local" else mesh), (1.0 if name == "padded" else None)
+        travels = {} if name == "local" else {"dispatch__chunks": chunks}
+        layer = layer_of(name, where, True, factor, **travels)
+        found.append((host_waits(layer), host_waits(layer, recompute=True)))
+    return found
+
+
+def test_the_host_waits_once_a_layer_and_never_where_sizes_are_known() -> None:
+    """Whatever the number of hops and of chunks; and once more for a forward that is computed again."""
+    for found in run_ranks(4, reads_of):
+        for (name, chunks), (once, twice) in zip(READS, found, strict=True):
+            reads = {"padded": [], "local": ["aten._local_scalar_dense"]}.get(name, ["tolist"])
+            assert (once, twice) == (reads, 2 * reads), (name, chunks)

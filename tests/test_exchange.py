@@ -150,9 +150,9 @@ class Told(torch.autograd.Function):
         return grads[0], None, None
 
 
-def started_and_awaited(rank: int, world: int) -> tuple[list[str], list[str]]:
+def started_and_awaited(rank: int, world: int, dispatch: str) -> tuple[list[str], list[str]]:
     """All-to-alls of a layer in three chunks whose forward is computed again in backward."""
-    layer, log, number = layer_of(mesh_of_world(world, CPU), "dedup", chunks=3), [], [0]
+    layer, log, number = layer_of(mesh_of_world(world, CPU), dispatch, chunks=3), [], [0]
     plain = dist.all_to_all_single
 
     def told(*args: Any, **keys: Any) -> Any:
@@ -166,9 +166,10 @@ def started_and_awaited(rank: int, world: int) -> tuple[list[str], list[str]]:
     return [f"wait {i}" for i in range(1, number[0] + 1)], sorted(log, key=lambda line: int(line.split()[1]))
 
 
-def test_recompute_leaves_nothing_on_its_way() -> None:
+@pytest.mark.parametrize(("dispatch", "world"), [("dedup", 2), ("hierarchical", 4)])
+def test_recompute_leaves_nothing_on_its_way(dispatch: str, world: int) -> None:
     """It stops in the experts of the last chunk, when the results of the others are on their way home."""
-    for started, awaited in run_ranks(2, started_and_awaited):
+    for started, awaited in run_ranks(world, started_and_awaited, dispatch):
         assert len(started) > 2 * 3 * 4
         assert awaited == started
 
@@ -202,8 +203,8 @@ def order_of_events(rank: int, world: int, chunks: int) -> tuple[list[str], list
         return Told.apply(given.x_CD, log, f"experts {works[0] - 1}")
 
     placement = layer.capacity(layer.router(seen(x_TD), Replay()), 1, Replay())
-    trips = set_out(layer.dispatcher, x_TD, placement)
-    done = travel(trips, work, lambda: Told.apply(x_TD, log, "aside"))
+    departure = set_out(layer.dispatcher, x_TD, placement)
+    done = travel(departure, work, lambda: Told.apply(x_TD, log, "aside"))
     forward = list(log)
     log.clear()
     number[0] = 0

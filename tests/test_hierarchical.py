@@ -15,6 +15,7 @@ from moetrain.bench.command import layer_configs
 from moetrain.bench.layer import bench_layer
 from moetrain.compose import compose
 from moetrain.moe.dispatch.merging import Merging
+from moetrain.moe.journey import set_out, travel
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
 from moetrain.parallel.mesh import mesh_of_world
@@ -22,6 +23,7 @@ from moetrain.rules.layout import nodes_of_ep_group
 from moetrain.types import ConfigError
 from tests.ranks import run_ranks
 from tests.test_bench_layer import SMALL
+from tests.test_exchange import Told, Work
 from tests.test_traps import HostReads
 from tests.tiny import ids, moe_layer, seen, there_and_back, tiny
 
@@ -101,6 +103,50 @@ def test_groups_are_made_once_and_the_host_waits_once() -> None:
         assert found["made"] == 2
         assert found["reads"] == ["tolist"]
         assert all(found["others"])
+
+
+def beside_work(rank: int, world: int) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Of a round trip in three chunks, forward and backward: exchanges of counts, and the rows that are on their way
+    while something is computed; by hop.
+    """
+    mesh, plain, log = mesh_of_world(world, CPU), dist.all_to_all_single, list[str]()
+    layer = moe_layer(tiny(dispatch="hierarchical", dispatch__chunks=3), mesh)
+    across, _ = mesh.hops_by_node(2)
+
+    def told(arriving: torch.Tensor, *args: Any, **keys: Any) -> Any:
+        what = "counts" if arriving.dtype == torch.int64 else "rows" if arriving.shape[1] == 16 else "tags"
+        name = f"{what}-{'across' if keys['group'] is across.group else 'within'}"
+        log.append(f"start {name}")
+        return Work(plain(arriving, *args, **keys), name, log)
+
+    dist.all_to_all_single = told
+    x_TD = torch.randn(TOKENS, 16, requires_grad=True)
+    placement = layer.capacity(layer.router(seen(x_TD), Replay()), 1, Replay())
+    departure = set_out(layer.dispatcher, x_TD, placement)
+    done = travel(departure, lambda sent: Told.apply(sent.x_CD, log, "experts"), lambda: Told.apply(x_TD, log, "aside"))
+    assert done.aside is not None
+    (layer.dispatcher.join(done.home).sum() + done.aside.sum()).backward()
+    travelling, beside = list[str](), []
+    for line in log:
+        verb, _, name = line.partition(" ")
+        if verb == "start":
+            travelling.append(name)
+        elif verb == "wait":
+            travelling.remove(name)
+        else:
+            beside.append((line, [name for name in travelling if name.startswith("rows")]))
+    return [line for line in log if line.startswith("start counts")], beside
+
+
+def test_the_way_between_nodes_hides_and_counts_of_all_chunks_travel_together() -> None:
+    """Between nodes the next part and the last results travel while experts work, and their gradients in backward; on
+    the shorter way within a node nothing does.
+    """
+    way = "rows-across"
+    forward = [("aside", [way]), ("experts", [way]), ("experts", [way, way]), ("experts", [way, way])]
+    for counts, beside in run_ranks(4, beside_work):
+        assert counts == ["start counts-across", "start counts-within"]
+        assert beside == forward + [(f"{work} backward", others) for work, others in reversed(forward)]
 
 
 def torn(rank: int, world: int) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher, Trip
+from moetrain.moe.dispatch.base import Departure, Dispatcher, Trip
 from moetrain.types import Dispatched, Placement
 
 Beside = TypeVar("Beside")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,30 @@ class Travelled(Generic[Beside]):
     aside: Beside
 
 
-def set_out(dispatcher: Dispatcher, x_TD: Tensor, placement: Placement) -> list[Trip]:
-    """The trips of the parts that the dispatcher makes of x_TD, their counts on their way."""
-    trips = [dispatcher.trip(*part) for part in dispatcher.split(x_TD, placement)]
-    for trip in trips:
-        next(trip)
-    return trips
+def set_out(dispatcher: Dispatcher, x_TD: Tensor, placement: Placement) -> Departure:
+    """Of x_TD, with its counts on their way."""
+    departure = dispatcher.depart(x_TD, placement)
+    next(departure)
+    return departure
 
 
 def travel(
-    trips: Sequence[Trip], experts: Callable[[Dispatched], Tensor], aside: Callable[[], Beside]
+    departure: Departure, experts: Callable[[Dispatched], Tensor], aside: Callable[[], Beside]
 ) -> Travelled[Beside]:
-    """All trips to their end.
+    """The trips of all parts to their end.
 
     ``aside`` is done while the first tokens travel. While experts work on one part, the next one and the results of the
     last are on their way, and in backward their gradients.
     """
-    for trip in trips:
-        next(trip)
+    trips = _end(departure)
     next(trips[0])
     beside, arrived = aside(), list[Dispatched]()
     try:
         for number, trip in enumerate(trips):
             if number + 1 < len(trips):
                 next(trips[number + 1])
-            sent = _arrival(trip)
+            sent = next(trip)
+            assert sent is not None
             trip.send(experts(sent))
             arrived.append(sent)
     except Exception:
@@ -68,16 +68,11 @@ def _land(trips: Sequence[Trip]) -> None:
         _end(trip)
 
 
-def _arrival(trip: Trip) -> Dispatched:
-    while (sent := next(trip)) is None:
-        pass
-    return sent
-
-
-def _end(trip: Trip) -> Tensor:
-    while True:
-        try:
-            next(trip)
-        except StopIteration as home:
-            out_TD: Tensor = home.value
-            return out_TD
+def _end(last: Generator[Any, Any, Result]) -> Result:
+    """What is returned after the last stop."""
+    try:
+        next(last)
+    except StopIteration as stop:
+        result: Result = stop.value
+        return result
+    raise AssertionError("a dispatcher stops where moe.dispatch.base says, and nowhere else")

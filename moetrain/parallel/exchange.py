@@ -119,20 +119,21 @@ def all_to_all_rows(x_RD: Tensor, route: Route) -> Tensor:
 class CountsInFlight:
     """Numbers on their way; no gradient."""
 
-    arriving_GX: Tensor
+    arriving: Tensor
     work: Any
 
     def wait(self) -> Tensor:
         """What has arrived: on an accelerator in its stream's order, without the host."""
         if self.work is not None:
             self.work.wait()
-        return self.arriving_GX
+        return self.arriving
 
 
-def start_counts(counts_GX: Tensor, group: ProcessGroup | None) -> CountsInFlight:
-    """counts_GX int64 [G, X], row g for rank g of the group -> [G, X], row g from rank g."""
+def start_counts(counts: Tensor, group: ProcessGroup | None) -> CountsInFlight:
+    """counts int64 [G, ...], block g for rank g of the group -> [G, ...], block g from rank g."""
     if group is None:
-        return CountsInFlight(counts_GX, None)
-    arriving_GX = torch.empty_like(counts_GX)
-    work = dist.all_to_all_single(arriving_GX, counts_GX.contiguous(), group=group, async_op=True)
-    return CountsInFlight(arriving_GX, work)
+        return CountsInFlight(counts, None)
+    counts = counts.contiguous()
+    arriving = torch.empty_like(counts)
+    work = dist.all_to_all_single(arriving, counts, group=group, async_op=True)
+    return CountsInFlight(arriving, work)

@@ -1,7 +1,7 @@
 """Variable splits: each row travels to the rank of its expert, and nothing else travels. Dropless, or under a capacity.
 
-One small all-to-all of counts comes first; its result is read by the host, once for each chunk, since the splits of the
-payload's all-to-all are host integers.
+One small all-to-all of counts comes first; its result is read by the host, once for all chunks, since the splits of the
+payload's all-to-alls are host integers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Sharded, Trip, output_weights, with_input_weights
+from moetrain.moe.dispatch.base import Departure, Sharded, Trip, output_weights, with_input_weights
 from moetrain.moe.dispatch.local import rows_by_expert
 from moetrain.ops.permute import tokens_of_rows
 from moetrain.ops.slots import count_experts
@@ -31,16 +31,20 @@ def expert_major(counts_Ge: Tensor, num_rows: int) -> RowMap:
 class AllToAllDispatcher(Sharded):
     """Every rank takes part in the same collectives whatever the routing, also when it sends or receives nothing."""
 
-    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
-        routing, kept_TK = placement.routing, placement.kept_TK
-        counts_E = count_experts(routing.expert_TK, self.num_experts, kept_TK)
-        to_Ge = counts_E.view(self.mesh.ep_size, self.num_local)
-        counted = start_counts(to_Ge, self.mesh.ep_group)
-        yield None
-        from_Ge = counted.wait()
-        send, receive = torch.stack([to_Ge.sum(1), from_Ge.sum(1)]).tolist()
-        yield None
-        rows = rows_by_expert(routing.expert_TK, kept_TK, self.num_experts, sum(send))
+    def depart(self, x_TD: Tensor, placement: Placement) -> Departure:
+        split = self.split(x_TD, placement)  # in Q parts
+        counts = [count_experts(part.routing.expert_TK, self.num_experts, part.kept_TK) for _, part in split]
+        to_GQe = torch.stack([counts_E.view(-1, self.num_local) for counts_E in counts], dim=1)
+        counted = start_counts(to_GQe, self.mesh.ep_group)
+        yield
+        from_GQe = counted.wait()
+        sizes = torch.stack([to_GQe.sum(2).t(), from_GQe.sum(2).t()], dim=1).tolist()
+        found = zip(split, from_GQe.unbind(1), sizes, strict=True)
+        return [self._trip(*part, from_Ge, *both) for part, from_Ge, both in found]
+
+    def _trip(self, x_TD: Tensor, placement: Placement, from_Ge: Tensor, send: list[int], receive: list[int]) -> Trip:
+        routing = placement.routing
+        rows = rows_by_expert(routing.expert_TK, placement.kept_TK, self.num_experts, sum(send))
         out = self.start(with_input_weights(x_TD, routing, rows), self.route(send, receive), "dispatch")
         yield None
         arrived_RD, order = self.land(out, "dispatch"), expert_major(from_Ge, sum(receive))

@@ -1,12 +1,15 @@
 """The contract of a dispatcher: tokens out to the experts' ranks, results home; it owns the whole round trip.
 
-A round trip is a generator, so that somebody else can work wherever it would have to wait. Its stops::
+What would have to wait is a generator, so that somebody else can work there. A layer departs once::
 
-    yield                     counts are on their way
-    yield                     they are known (the one place where the host may wait for the device)
-    yield                     tokens are on their way; more such stops may follow
+    yield                     counts of all parts are on their way
+    return trips              they are known (the one place where the host may wait for the device)
+
+and each part of its tokens makes its round trip::
+
+    yield                     its tokens are on their way
     sums_CD = yield Dispatched(...)     experts are to work
-    yield                     their results are on their way home; more such stops may follow
+    yield                     their results are on their way home
     return out_TD
 """
 
@@ -28,6 +31,7 @@ from moetrain.parallel.wire import Payload
 from moetrain.types import Dispatched, Placement, Routing, RowMap
 
 Trip: TypeAlias = Generator[Dispatched | None, Tensor | None, Tensor]
+Departure: TypeAlias = Generator[None, None, list[Trip]]
 
 
 class Dispatcher(ABC):
@@ -39,12 +43,11 @@ class Dispatcher(ABC):
         self.num_local = num_experts // mesh.ep_size
 
     @abstractmethod
-    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
-        """Every kept assignment's token to its expert, and weighted sums [T, D] home; sums are sent in as [C, D]."""
+    def depart(self, x_TD: Tensor, placement: Placement) -> Departure:
+        """Every kept assignment's token to its expert, and weighted sums [T, D] home; sums are sent in as [C, D].
 
-    def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
-        """What travels apart, so that one part is on its way while another is computed; as many parts on every rank."""
-        return [(x_TD, placement)]
+        Parts travel apart, so that one is on its way while another is computed; there are as many on every rank.
+        """
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """What came home of those parts, as [T, D]."""
@@ -65,6 +68,7 @@ class Sharded(Dispatcher):
         self.chunks = chunks
 
     def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
+        """Parts of the tokens, ``chunks`` of them."""
         if self.chunks == 1:
             return [(x_TD, placement)]
         sizes = [part.stop - part.start for part in parts(x_TD.shape[0], self.chunks)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatcher, Trip
+from moetrain.moe.dispatch.base import Departure, Dispatcher, Trip
 from moetrain.ops.slots import count_experts
-from moetrain.types import Dispatched, Placement, RowMap
+from moetrain.types import Dispatched, Placement, Routing, RowMap
 
 
 def rows_by_expert(expert_TK: Tensor, kept_TK: Tensor, num_experts: int, num_kept: int) -> RowMap:
@@ -22,12 +22,13 @@ def rows_by_expert(expert_TK: Tensor, kept_TK: Tensor, num_experts: int, num_kep
 class LocalDispatcher(Dispatcher):
     """No communication; one host read of how many were kept."""
 
-    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
-        routing, kept_TK = placement.routing, placement.kept_TK
-        counts_E = count_experts(routing.expert_TK, self.num_experts, kept_TK)
-        yield None
-        rows = rows_by_expert(routing.expert_TK, kept_TK, self.num_experts, int(counts_E.sum()))
-        yield None
+    def depart(self, x_TD: Tensor, placement: Placement) -> Departure:
+        counts_E = count_experts(placement.routing.expert_TK, self.num_experts, placement.kept_TK)
+        yield
+        rows = rows_by_expert(placement.routing.expert_TK, placement.kept_TK, self.num_experts, int(counts_E.sum()))
+        return [self._trip(x_TD, placement.routing, rows, counts_E)]
+
+    def _trip(self, x_TD: Tensor, routing: Routing, rows: RowMap, counts_E: Tensor) -> Trip:
         yield None
         ends_e = counts_E.cumsum(0).to(torch.int32)
         out_TD = yield Dispatched(x_TD, rows, routing.weight_TK, ends_e, None, 0, routing.weight_on)

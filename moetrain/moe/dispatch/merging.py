@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Sharded, Trip
+from moetrain.moe.dispatch.base import Departure, Sharded, Trip
 from moetrain.moe.dispatch.local import rows_by_expert
 from moetrain.ops.permute import rows_of_tokens, tokens_of_rows
 from moetrain.ops.slots import count_experts
@@ -48,75 +49,101 @@ class _Leg:
         return sum(self.receive) - self.receive[self.hop.place]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a part of the tokens needs on its way. ends_e: where the rows of each expert end here, int32."""
+
+    legs: list[_Leg]
+    ends_e: Tensor
+    num_rows: int
+
+
 class Merging(Sharded):
-    """Dropless, or under a capacity. One host read for each chunk, of how many copies and rows there are, whatever the
-    number of hops: counts are exchanged hop by hop before it.
+    """Dropless, or under a capacity. One host read, of how many copies and rows there are, whatever the number of hops
+    and of chunks: counts of all chunks are exchanged hop by hop before it.
     """
 
     hops: tuple[Hop, ...]
 
-    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
-        routing, num_local = placement.routing, self.num_local
-        expert_TK = routing.expert_TK.masked_fill(~placement.kept_TK, self.num_experts)
-        legs, ends_e, num_rows = yield from self._count(expert_TK)
-        yield None
-        copies, maps = _Copies(x_TD, expert_TK, routing.weight_TK, self.num_experts), []
+    def depart(self, x_TD: Tensor, placement: Placement) -> Departure:
+        tokens = []
+        for part_TD, part in self.split(x_TD, placement):
+            expert_TK = part.routing.expert_TK.masked_fill(~part.kept_TK, self.num_experts)
+            tokens.append(_Copies(part_TD, expert_TK, part.routing.weight_TK, self.num_experts))
+        reached, told = zip(*map(self._tell, tokens), strict=True)
+        plans = yield from self._plan(torch.stack(told, dim=1))
+        weight_on = placement.routing.weight_on
+        return [self._trip(*part, weight_on) for part in zip(tokens, reached, plans, strict=True)]
+
+    def _trip(self, copies: _Copies, reaches_CP: Tensor, plan: _Plan, weight_on: Literal["output", "input"]) -> Trip:
+        """reaches_CP: ``_reaches`` of the first hop."""
+        legs, maps, num_local = plan.legs, list[RowMap](), self.num_local
         for leg in legs:
-            copies, sent = yield from self._go(copies, leg)
-            maps.append(sent)
-        rows = rows_by_expert(copies.expert_CK, copies.expert_CK < num_local, num_local, num_rows)
+            if maps:
+                reaches_CP = _reaches(copies, leg.hop.num_places)
+            maps.append(copies_by_place(reaches_CP, sum(leg.send)))
+            copies = yield from self._go(copies, maps[-1], leg)
+        rows = rows_by_expert(copies.expert_CK, copies.expert_CK < num_local, num_local, plan.num_rows)
         travelled = sum(leg.num_from_others for leg in legs)
-        sums_CD = yield Dispatched(copies.x_CD, rows, copies.weight_CK, ends_e, None, travelled, routing.weight_on)
+        sums_CD = yield Dispatched(copies.x_CD, rows, copies.weight_CK, plan.ends_e, None, travelled, weight_on)
         assert sums_CD is not None
         for leg, sent in zip(reversed(legs), reversed(maps), strict=True):
             home = self.start(sums_CD, replace(self.home(leg.send, leg.receive), group=leg.hop.group), "combine")
-            if leg is legs[0]:  # only the longest way is left to hide behind what others compute meanwhile
+            if leg.hop is self.hops[0]:
                 yield None
             sums_CD = tokens_of_rows(self.land(home, "combine"), None, sent)
         return sums_CD
 
-    def _count(self, expert_TK: Tensor) -> Generator[None, None, tuple[list[_Leg], Tensor, int]]:
-        """The legs; where the rows of each expert end here, int32 [e]; and how many rows those are.
+    def _tell(self, tokens: _Copies) -> tuple[Tensor, Tensor]:
+        """Which places of the first hop each token goes to, [T, P]; and what each of those is told, [P, X].
 
-        Each place of a hop is told how many copies go to it, then the same for each place of the next hop from there,
-        and in the end the rows of each expert. What a rank has heard from all together is what it has to tell next.
+        That is how many copies go to it, then the same for each place of the next hop from there, and in the end the
+        rows of each expert.
         """
-        reaches_TP = _reaches(expert_TK, self.mesh.ep_size, self.num_local)
-        counts_E = count_experts(expert_TK, self.num_experts + 1)[:-1]
+        reaches_TP = _reaches(tokens, self.mesh.ep_size)
+        counts_E = count_experts(tokens.expert_CK, self.num_experts + 1)[:-1]
         told_PX = torch.cat([reaches_TP.sum(0).unsqueeze(1), counts_E.view(-1, self.num_local)], dim=1)
         for hop in reversed(self.hops[1:]):
             reaches_TP = reaches_TP.unflatten(1, (-1, hop.num_places)).any(2)
             told_PX = torch.cat([reaches_TP.sum(0).unsqueeze(1), told_PX.view(reaches_TP.shape[1], -1)], dim=1)
-        counted = start_counts(told_PX, self.hops[0].group)
-        yield None
-        heard_PX = counted.wait()
-        numbers = [told_PX[:, 0], heard_PX[:, 0]]
-        for hop in self.hops[1:]:
-            told_PX = heard_PX[:, 1:].sum(0).view(hop.num_places, -1)
-            heard_PX = start_counts(told_PX, hop.group).wait()
-            numbers += [told_PX[:, 0], heard_PX[:, 0]]
-        ends_e = heard_PX[:, 1:].sum(0).cumsum(0)
-        sizes = iter(torch.cat([*numbers, ends_e[-1:]]).tolist())
-        legs = [_Leg(hop, *(list(islice(sizes, hop.num_places)) for _ in range(2))) for hop in self.hops]
-        return legs, ends_e.to(torch.int32), next(sizes)
+        return reaches_TP, told_PX
 
-    def _go(self, copies: _Copies, leg: _Leg) -> Generator[None, None, tuple[_Copies, RowMap]]:
-        """One hop: what has arrived here, and the map of what was sent from here."""
+    def _plan(self, told_PQX: Tensor) -> Generator[None, None, list[_Plan]]:
+        """Of Q parts. What a rank has heard from all places of a hop together, it has to tell those of the next."""
+        counted = start_counts(told_PQX, self.hops[0].group)
+        yield
+        heard_PQX = counted.wait()
+        numbers = [told_PQX[..., 0], heard_PQX[..., 0]]
+        for hop in self.hops[1:]:
+            told_PQX = heard_PQX[..., 1:].sum(0).unflatten(1, (hop.num_places, -1)).transpose(0, 1)
+            heard_PQX = start_counts(told_PQX, hop.group).wait()
+            numbers += [told_PQX[..., 0], heard_PQX[..., 0]]
+        ends_Qe = heard_PQX[..., 1:].sum(0).cumsum(1)
+        numbers_QX, plans = torch.cat([*numbers, ends_Qe[:, -1:].t()]).t(), []
+        for ends_e, read in zip(ends_Qe.to(torch.int32), numbers_QX.tolist(), strict=True):
+            sizes = iter(read)
+            legs = [_Leg(hop, *(list(islice(sizes, hop.num_places)) for _ in range(2))) for hop in self.hops]
+            plans.append(_Plan(legs, ends_e, next(sizes)))
+        return plans
+
+    def _go(self, copies: _Copies, sent: RowMap, leg: _Leg) -> Generator[None, None, _Copies]:
+        """One hop; what has arrived here."""
         num_local = copies.num_experts // leg.hop.num_places
-        sent = copies_by_place(_reaches(copies.expert_CK, leg.hop.num_places, num_local), sum(leg.send))
         route = replace(self.route(leg.send, leg.receive), group=leg.hop.group)
         rows = self.start(rows_of_tokens(copies.x_CD, sent), route, "dispatch")
         tags = self.start(_tags(copies, sent, num_local), replace(route, there="exact", back="exact"), "dispatch")
-        yield None
+        if leg.hop is self.hops[0]:  # only the longest way is left to hide behind what others compute meanwhile
+            yield None
         x_CD = self.land(rows, "dispatch")
         expert_CK, weight_CK = self.land(tags, "dispatch").chunk(2, dim=1)
-        return _Copies(x_CD, expert_CK.long(), weight_CK, num_local), sent
+        return _Copies(x_CD, expert_CK.long(), weight_CK, num_local)
 
 
-def _reaches(expert_CK: Tensor, num_places: int, num_local: int) -> Tensor:
+def _reaches(copies: _Copies, num_places: int) -> Tensor:
     """Whether a copy is for any expert of a place, bool [C, P]."""
-    none_CP = torch.zeros(expert_CK.shape[0], num_places + 1, dtype=torch.bool, device=expert_CK.device)
-    return none_CP.scatter_(1, expert_CK // num_local, True)[:, :num_places]
+    place_CK = copies.expert_CK // (copies.num_experts // num_places)
+    none_CP = torch.zeros(place_CK.shape[0], num_places + 1, dtype=torch.bool, device=place_CK.device)
+    return none_CP.scatter_(1, place_CK, True)[:, :num_places]
 
 
 def _tags(copies: _Copies, sent: RowMap, num_local: int) -> Tensor:

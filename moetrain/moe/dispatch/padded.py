@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Sharded, Trip, output_weights, parts, with_input_weights
+from moetrain.moe.dispatch.base import Departure, Sharded, Trip, output_weights, parts, with_input_weights
 from moetrain.ops.permute import tokens_of_rows
 from moetrain.types import Dispatched, Placement, RowMap
 
@@ -17,19 +15,17 @@ class PaddedDispatcher(Sharded):
     slots, not of the tokens.
     """
 
-    def split(self, x_TD: Tensor, placement: Placement) -> list[tuple[Tensor, Placement]]:
+    def depart(self, x_TD: Tensor, placement: Placement) -> Departure:
         assert placement.capacity is not None, "rules.layout lets no dropless run reach the padded dispatcher"
-        return [(x_TD, _of_slots(placement, part)) for part in parts(placement.capacity, self.chunks)]
+        yield
+        return [self._trip(x_TD, placement, part) for part in parts(placement.capacity, self.chunks)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def trip(self, x_TD: Tensor, placement: Placement) -> Trip:
-        yield None
-        yield None
-        routing, capacity = placement.routing, placement.capacity
-        assert capacity is not None
-        rows = self._slots(placement, capacity)
+    def _trip(self, x_TD: Tensor, placement: Placement, part: slice) -> Trip:
+        routing, capacity = placement.routing, part.stop - part.start
+        rows = self._slots(placement, part)
         out = self.start(with_input_weights(x_TD, routing, rows), self.route(None, None), "dispatch")
         yield None
         arrived_RD, per_expert = self.land(out, "dispatch"), self.mesh.ep_size * capacity
@@ -41,11 +37,12 @@ class PaddedDispatcher(Sharded):
         yield None
         return tokens_of_rows(self.land(home, "combine"), output_weights(routing), rows)
 
-    def _slots(self, placement: Placement, capacity: int) -> RowMap:
-        """Row expert * C + slot for what was kept; the other rows are empty."""
-        num_rows = self.num_experts * capacity
-        row_TK = placement.routing.expert_TK * capacity + placement.slot_TK
-        row_TK = row_TK.masked_fill(~placement.kept_TK, num_rows)
+    def _slots(self, placement: Placement, part: slice) -> RowMap:
+        """Row expert * C + slot for what was kept and has one of these slots; the other rows are empty."""
+        capacity, slot_TK = part.stop - part.start, placement.slot_TK - part.start
+        num_rows, is_here_TK = self.num_experts * capacity, (slot_TK >= 0) & (slot_TK < capacity)
+        row_TK = placement.routing.expert_TK * capacity + slot_TK
+        row_TK = row_TK.masked_fill(~(placement.kept_TK & is_here_TK), num_rows)
         num_assignments = row_TK.numel()
         assignment_R = torch.full((num_rows + 1,), num_assignments, dtype=torch.int64, device=row_TK.device)
         assignment_R.scatter_(0, row_TK.reshape(-1), torch.arange(num_assignments, device=row_TK.device))
@@ -58,10 +55,3 @@ class PaddedDispatcher(Sharded):
         order_R = row_R.view(shape).transpose(0, 1).reshape(-1)
         arrival_R = row_R.view(shape[1], shape[0], -1).transpose(0, 1).reshape(-1)
         return RowMap(order_R, arrival_R.unsqueeze(1), has_empty=False)
-
-
-def _of_slots(placement: Placement, part: slice) -> Placement:
-    """The assignments that have one of these slots."""
-    is_here_TK = (placement.slot_TK >= part.start) & (placement.slot_TK < part.stop)
-    kept_TK, slot_TK = placement.kept_TK & is_here_TK, placement.slot_TK - part.start
-    return replace(placement, kept_TK=kept_TK, slot_TK=slot_TK, capacity=part.stop - part.start)

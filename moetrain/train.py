@@ -10,12 +10,12 @@ import torch
 from moetrain.checks import ep_size_of, fitted, refit
 from moetrain.compose import resolved_yaml
 from moetrain.config import Config
-from moetrain.data import prepare
+from moetrain.data import Corpus, prepare
 from moetrain.health import Leave, Unstable, Watchdog, die_with_torchrun, record_collectives
 from moetrain.monitor.origin import origin
 from moetrain.monitor.runfolder import RunFolder, open_run_folder, rank_log, read_record
 from moetrain.parallel.collectives import barrier, broadcast_text
-from moetrain.parallel.mesh import close_mesh, init_mesh
+from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 from moetrain.plan import main_report
 from moetrain.preflight import check_host, examine, refuse, warnings
 from moetrain.trainer import Trainer
@@ -45,24 +45,29 @@ def main(config: Config) -> int:
         check_host(config)
     mesh = init_mesh(ep_size_of(here, world_size), config.machine)
     try:
-        text, start = resolved_yaml(config), origin(mesh.world_size)
-        findings = examine(here, mesh, corpus, start) if config.health.preflight else ()
-        refuse(findings)
-        folder = open_run_folder(config, text, mesh.rank, lambda t: broadcast_text(t, mesh.world_group), start)
-        watchdog = Watchdog(folder.path, mesh, config.machine.timeout_s)
-        with rank_log(folder, mesh.rank), Leave(mesh.rank, folder.path) as leave, watchdog:
-            trainer = Trainer(here, mesh, corpus, folder, leave, watchdog)
-            if mesh.is_main:
-                _tell_refit(config, folder, trainer)
-                _tell_warnings(warnings(findings), trainer)
-            finite = trainer.fit()
-            if trainer.left is not None:
-                leave.end(trainer.left, folder.requeue)
-            barrier(mesh.world_group)
+        return _train(config, here, mesh, corpus)
     except Unstable:
         return DIVERGED
     finally:
         close_mesh()
+
+
+def _train(config: Config, here: Config, mesh: Mesh, corpus: Corpus) -> int:
+    """From the first look at the world to its last step. here: ``config`` as it fits the world. Raises Unstable."""
+    text, start = resolved_yaml(config), origin(mesh.world_size)
+    findings = examine(here, mesh, corpus, start) if config.health.preflight else ()
+    refuse(findings)
+    folder = open_run_folder(config, text, mesh.rank, lambda t: broadcast_text(t, mesh.world_group), start)
+    watchdog = Watchdog(folder.path, mesh, config.machine.timeout_s)
+    with rank_log(folder, mesh.rank), Leave(mesh.rank, folder.path) as leave, watchdog:
+        trainer = Trainer(here, mesh, corpus, folder, leave, watchdog)
+        if mesh.is_main:
+            _tell_refit(config, folder, trainer)
+            _tell_warnings(warnings(findings), trainer)
+        finite = trainer.fit()
+        if trainer.left is not None:
+            leave.end(trainer.left, folder.requeue)
+        barrier(mesh.world_group)
     return 0 if finite or trainer.left is not None else DIVERGED
 
 

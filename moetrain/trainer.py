@@ -13,7 +13,7 @@ from moetrain import checkpoint
 from moetrain.checkpoint import VALIDATION, Source
 from moetrain.config import Config
 from moetrain.control import Control
-from moetrain.data import Corpus, Loader
+from moetrain.data import Corpus, make_loader
 from moetrain.engine import make_engine
 from moetrain.health import BadStep, Guard, Leave, Left, Replicas, Rollbacks, Unstable, Watchdog
 from moetrain.models.decoder import Decoder
@@ -40,9 +40,9 @@ class Trainer:
     def __init__(
         self, config: Config, mesh: Mesh, corpus: Corpus, folder: RunFolder, leave: Leave, watchdog: Watchdog
     ) -> None:
-        train = config.train
         self.config, self.mesh, self.corpus, self.folder = config, mesh, corpus, folder
-        self.accumulation = train.global_batch // (mesh.world_size * train.micro_batch)
+        self.loader = make_loader(config, corpus, mesh)
+        self.accumulation = self.loader.accumulation
         torch.manual_seed(config.run.seed + mesh.rank)
         self.timeline = Timeline(mesh.device, enabled=config.monitor.timing)
         found = find_source(config, folder, mesh, corpus.fingerprint)
@@ -53,16 +53,6 @@ class Trainer:
         self.engine = make_engine(config, self.model, mesh, self.accumulation)
         self.watchdog, self.replicas = watchdog, Replicas(config, self.engine, mesh)
         self.control = Control(config, self.model, self.engine, mesh)
-        self.loader = Loader(
-            corpus=corpus,
-            context=config.model.context,
-            micro_batch=train.micro_batch,
-            accumulation=self.accumulation,
-            rank=mesh.rank,
-            world_size=mesh.world_size,
-            seed=config.run.seed,
-            mask_documents=config.data.mask_documents,
-        )
         self.window, self.guard = Window(mesh), Guard(config.health, mesh, leave)
         self.rollbacks = Rollbacks(folder, mesh, config.health.max_rollbacks)
         self.saver = make_saver(config, mesh, folder, self.engine)
@@ -182,10 +172,11 @@ class Trainer:
             self.recorder.validation(done, means)
 
     def _validation(self) -> WindowMeans | None:
+        """Ranks vote once a global batch, since a vote makes the host wait for the device."""
         window = Window(self.mesh)
         for index in range(self.config.train.eval_batches * self.accumulation):
             self.watchdog.beat("evaluation")
-            if self.guard.hear():
+            if index % self.accumulation == 0 and self.guard.hear():
                 return None
             window.add(self.engine.evaluate(self.loader.validation(index)))
         return window.reduce()

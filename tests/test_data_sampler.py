@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.config import DataConfig
-from moetrain.data import Corpus, Loader, prepare
+from moetrain.data import Corpus, Loader, make_loader, prepare
 from moetrain.data.sampler import permute
+from moetrain.parallel.mesh import Mesh
+from tests.tiny import tiny
 
 GLOBAL_BATCH = 8
 CONTEXT = 16
@@ -157,3 +159,10 @@ def test_resume_by_number_alone(corpus):
     again = loader(corpus, accumulation=2)
     assert torch.equal(again.train(5, 1).tokens_BS, batches[11])
     assert torch.equal(again.train(2, 0).tokens_BS, batches[4])
+
+
+def test_a_config_and_a_mesh_say_all_of_it(corpus):
+    """Eight samples a step over two ranks of two each: two micro-batches."""
+    mesh = Mesh(rank=1, world_size=2, ep_size=2, device=torch.device("cpu"))
+    made = make_loader(tiny(data__mask_documents=True), corpus, mesh)
+    assert vars(made) == vars(loader(corpus, world_size=2, accumulation=2, rank=1, seed=7))

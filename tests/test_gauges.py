@@ -48,6 +48,15 @@ def test_counts_are_those_of_the_load_and_recompute_counts_once() -> None:
         np.testing.assert_array_equal(getattr(again, name), value, err_msg=name)
 
 
+def test_a_micro_batch_that_was_counted_can_not_be_counted_again() -> None:
+    layer, x_TD = moe_layer(tiny(dispatch="local")), torch.ones(12, 16)
+    layer(x_TD, ids(x_TD), Replay())
+    layer.load.commit()
+    with pytest.raises(AssertionError, match="without a training forward"):
+        layer.load.commit()
+    assert int(layer.load.take()[0].sum()) == 12 * 2
+
+
 def on_ranks(rank: int, world: int) -> list[dict[str, np.ndarray]]:
     layouts = ((1, "alltoall"), (2, "alltoall"), (2, "dedup"))
     return [vars(means_of(tiny(dispatch=name), mesh_of_world(ep, CPU))) for ep, name in layouts]

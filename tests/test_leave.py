@@ -87,8 +87,8 @@ def ask(number: int = signal.SIGTERM) -> None:
     time.sleep(0.1)
 
 
-def at_call(number: int, what: Callable[[], None], monkeypatch: pytest.MonkeyPatch, of: type, name: str) -> None:
-    """Before the ``number``-th call of ``of.name``, do it."""
+def at_call(number: int, what: Callable[[], None], monkeypatch: pytest.MonkeyPatch, of: type, name: str) -> list[str]:
+    """Before the ``number``-th call of ``of.name``, do it. Returns a list that grows by each call."""
     usual, calls = getattr(of, name), []
 
     def changed(*args: Any, **kwargs: Any) -> Any:
@@ -98,6 +98,7 @@ def at_call(number: int, what: Callable[[], None], monkeypatch: pytest.MonkeyPat
         return usual(*args, **kwargs)
 
     monkeypatch.setattr(of, name, changed)
+    return calls
 
 
 def saved() -> list[int]:
@@ -164,10 +165,12 @@ def test_a_save_is_asked_for(alone: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_request_within_an_evaluation_ends_it(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_call(2, ask, monkeypatch, LocalEngine, "evaluate")
+    """After the global batch of two micro-batches that it comes in."""
+    evaluated = at_call(3, ask, monkeypatch, LocalEngine, "evaluate")
     assert alone("train.eval_every=2", "train.eval_batches=50") == 0
     assert saved() == [2]
     assert not any("validation/lm_loss" in row for row in rows(RUN))
+    assert len(evaluated) == 4
 
 
 def test_a_request_within_the_last_evaluation_loses_no_step(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:

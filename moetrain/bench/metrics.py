@@ -8,22 +8,20 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import torch
 
-from moetrain.checks import ep_size_of, fitted
+from moetrain.bench.ours import OurStep, on_world
 from moetrain.config import Config
-from moetrain.data import Corpus, Loader, prepare
-from moetrain.engine import make_engine
-from moetrain.models.decoder import Decoder
+from moetrain.data import Corpus
 from moetrain.monitor.recorder import CorpusFacts, Recorder
 from moetrain.monitor.runfolder import RunFolder
-from moetrain.monitor.window import Window
-from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
-from moetrain.resume import choose_kernels
+from moetrain.ops.timeline import Timeline
+from moetrain.parallel.mesh import Mesh
 
 WARMUP, STEPS, LINES = 3, 20, 8
 EVERY_STEP, EVERY_LINE = ("load", "record", "commit", "take", "add"), ("reduce", "write")
@@ -36,10 +34,7 @@ class Meter:
         self.seconds: dict[str, float] = {}
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
-        setattr(owner, method, self.timed(getattr(owner, method), name))
-
-    def timed(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """``call``, whose seconds count as ``name``."""
+        call = getattr(owner, method)
 
         def inner(*args: Any, **kwargs: Any) -> Any:
             began = process_time()
@@ -48,7 +43,7 @@ class Meter:
             finally:
                 self.seconds[name] = self.seconds.get(name, 0.0) + process_time() - began
 
-        return inner
+        setattr(owner, method, inner)
 
     def of(self, work: Callable[[], object]) -> dict[str, float]:
         """The seconds of ``work`` by name, and all of them as "step"."""
@@ -59,83 +54,50 @@ class Meter:
 
 def metrics_bench(config: Config) -> str | None:
     """Train STEPS steps and write LINES lines on the world of the environment; the report on rank 0, None elsewhere."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
-    config = fitted(config, world_size)
-    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            steps, lines = _measure(config, mesh, corpus, Path(folder))
+    with on_world(config) as (config, mesh, corpus), tempfile.TemporaryDirectory() as folder:
+        steps, lines = _measure(config, mesh, corpus, Path(folder))
         return _text(config, mesh, steps, lines) if mesh.is_main else None
-    finally:
-        close_mesh()
 
 
 def _measure(
     config: Config, mesh: Mesh, corpus: Corpus, folder: Path
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """What each step and each line took, by name of the call."""
-    kernels = choose_kernels(config, mesh, None)
-    vocab_size = config.model.vocab_size or corpus.vocab_size
-    model, meter, window = Decoder(config, mesh, vocab_size, None, kernels), Meter(), Window(mesh)
-    model.count_domains(len(corpus.domains))
-    accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
-    engine = make_engine(config, model, mesh, accumulation)
-    loader = Loader(
-        corpus=corpus,
-        context=config.model.context,
-        micro_batch=config.train.micro_batch,
-        accumulation=accumulation,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        seed=config.run.seed,
-        mask_documents=config.data.mask_documents,
-    )
-    facts = CorpusFacts(vocab_size, 1.0, 1.0, 1.0, corpus.domains)
+    us, meter = OurStep(config, mesh, corpus, Timeline(mesh.device, enabled=False)), Meter()
+    facts = CorpusFacts(us.vocab_size, 1.0, 1.0, 1.0, corpus.domains)
     recorder = Recorder(config, mesh, facts, RunFolder(folder), 0) if mesh.is_main else None
-    _watch(meter, model, window, recorder)
-    load = meter.timed(loader.train, "load")
+    _watch(meter, us, recorder)
 
-    def step(number: int) -> None:
-        outputs = []
-        for micro in range(accumulation):
-            outputs.append(engine.forward_backward(load(number, micro)))
-            model.commit_load()
-        engine.step(config.optim.lr)
-        counts, gauges = model.take_load(), model.take_gauges()
-        for output in outputs:
-            window.add(output)
-        window.add_load(counts, gauges)
-
-    def line(number: int) -> None:
-        means = window.reduce()
+    def line(done: int) -> None:
+        means = us.window.reduce()
         if recorder is not None:
-            recorder.window(number, means, {}, model.router_numbers(), {})
+            recorder.window(done, means, {}, us.model.router_numbers(), {})
 
     steps, lines = [], []
     for number in range(WARMUP + STEPS):
         began = perf_counter()
-        steps.append(meter.of(lambda: step(number)))  # noqa: B023
+        steps.append(meter.of(partial(us.step, number)))
         if recorder is not None:
             recorder.tick(number + 1, perf_counter() - began)
         if number >= WARMUP + STEPS - LINES:
-            lines.append(meter.of(lambda: line(number + 1)))  # noqa: B023
+            lines.append(meter.of(partial(line, number + 1)))
     if recorder is not None:
         recorder.end()
     return steps[WARMUP:], lines
 
 
-def _watch(meter: Meter, model: Decoder, window: Window, recorder: Recorder | None) -> None:
-    for layer in model.moe_layers():
+def _watch(meter: Meter, us: OurStep, recorder: Recorder | None) -> None:
+    for layer in us.model.moe_layers():
         for counter in (layer.load, layer.gauges, layer.domains):
             if counter is not None:
                 meter.wrap(counter, "record", "record")
-    meter.wrap(model, "commit_load", "commit")
-    meter.wrap(model, "take_load", "take")
-    meter.wrap(model, "take_gauges", "take")
-    meter.wrap(window, "add", "add")
-    meter.wrap(window, "add_load", "add")
-    meter.wrap(window, "reduce", "reduce")
+    meter.wrap(us, "load", "load")
+    meter.wrap(us.model, "commit_load", "commit")
+    meter.wrap(us.model, "take_load", "take")
+    meter.wrap(us.model, "take_gauges", "take")
+    meter.wrap(us.window, "add", "add")
+    meter.wrap(us.window, "add_load", "add")
+    meter.wrap(us.window, "reduce", "reduce")
     if recorder is not None:
         meter.wrap(recorder, "window", "write")
 

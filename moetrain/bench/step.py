@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moetrain.bench.hf import HuggingFaceStep
+from moetrain.bench.ours import OurStep, on_world
 from moetrain.bench.race import WARMUP, Sample, timed
-from moetrain.checks import ep_size_of, fitted
 from moetrain.config import Config
-from moetrain.data import Loader, prepare
-from moetrain.engine import make_engine
-from moetrain.models.decoder import Decoder
-from moetrain.monitor.window import Window
+from moetrain.data import Corpus
 from moetrain.ops.timeline import Timeline
 from moetrain.parallel.machine import processor
-from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
-from moetrain.resume import choose_kernels
+from moetrain.parallel.mesh import Mesh
 
 CORE, PRODUCTS_AND_WAITING = ("experts", "attention"), ("exchange", "vocabulary")
 
@@ -39,61 +35,23 @@ def step_bench(config: Config, rounds: int, alone: bool) -> str | None:
     """Time ``rounds`` interleaved steps of each on the world of the environment, or of ours alone (a peer holds every
     expert on every rank, and may not fit); the report on rank 0, None elsewhere.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    corpus = prepare(config.data, context=config.model.context, vocab_size=config.model.vocab_size)
-    vocab_size = config.model.vocab_size or corpus.vocab_size
-    config = fitted(config, world_size)
-    mesh = init_mesh(ep_size_of(config, world_size), config.machine)
-    try:
-        accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
-        loader = Loader(
-            corpus=corpus,
-            context=config.model.context,
-            micro_batch=config.train.micro_batch,
-            accumulation=accumulation,
-            rank=mesh.rank,
-            world_size=mesh.world_size,
-            seed=config.run.seed,
-            mask_documents=False,
-        )
-        report = _race(config, mesh, vocab_size, loader, rounds, alone)
+    config = replace(config, data=replace(config.data, mask_documents=False))  # the peer knows of no documents
+    with on_world(config) as (config, mesh, corpus):
+        report = _race(config, mesh, corpus, rounds, alone)
         return _text(report, mesh) if mesh.is_main else None
-    finally:
-        close_mesh()
 
 
-def _race(config: Config, mesh: Mesh, vocab_size: int, loader: Loader, rounds: int, alone: bool) -> StepReport:
+def _race(config: Config, mesh: Mesh, corpus: Corpus, rounds: int, alone: bool) -> StepReport:
     timeline = Timeline(mesh.device)
-    kernels = choose_kernels(config, mesh, None)
-    model = Decoder(config, mesh, vocab_size, timeline, kernels)
-    engine = make_engine(config, model, mesh, loader.accumulation)
-    window = Window(mesh)
-    batches = [loader.train(0, micro) for micro in range(loader.accumulation)]
-    peer = None if alone else HuggingFaceStep(config, vocab_size, mesh.device)
-
-    def our_step() -> None:
-        outputs = []
-        for micro in range(loader.accumulation):
-            timeline.mark("data")
-            batch = loader.train(0, micro)
-            timeline.mark("rest")
-            outputs.append(engine.forward_backward(batch))
-            model.commit_load()
-        timeline.mark("update")
-        engine.step(config.optim.lr)
-        timeline.mark("metrics")
-        load, gauges = model.take_load(), model.take_gauges()
-        for output in outputs:
-            window.add(output)
-        window.add_load(load, gauges)
-        timeline.mark("rest")
-
+    us = OurStep(config, mesh, corpus, timeline)
+    batches = [us.loader.train(0, micro) for micro in range(us.loader.accumulation)]
+    peer = None if alone else HuggingFaceStep(config, us.vocab_size, mesh.device)
     ours: list[Sample] = []
     theirs: list[Sample] = []
     phases: dict[str, float] = {}
     for number in range(WARMUP + rounds):
         timeline.drain()
-        mine = timed(our_step, mesh)
+        mine = timed(lambda: us.step(0), mesh)
         found = timeline.drain()
         other = [] if peer is None else [timed(lambda: peer.step(batches), mesh)]
         if number >= WARMUP:
@@ -101,7 +59,7 @@ def _race(config: Config, mesh: Mesh, vocab_size: int, loader: Loader, rounds: i
             theirs += other
             phases = {name: phases.get(name, 0.0) + seconds / rounds for name, seconds in found.items()}
     tokens = sum(batch.tokens_BS.numel() for batch in batches) * mesh.world_size
-    return StepReport(ours, theirs, phases, tokens, kernels.gemm_name)
+    return StepReport(ours, theirs, phases, tokens, us.model.kernels.gemm_name)
 
 
 def _text(report: StepReport, mesh: Mesh) -> str:

@@ -2,7 +2,7 @@
 
 from moetrain.data.bins import Corpus, TokenStream
 from moetrain.data.corpus import prepare
-from moetrain.data.sampler import Loader
+from moetrain.data.sampler import Loader, make_loader
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Corpus", "Loader", "TokenStream", "Tokenizer", "load_tokenizer", "prepare"]
+__all__ = ["Corpus", "Loader", "TokenStream", "Tokenizer", "load_tokenizer", "make_loader", "prepare"]

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moetrain.config import Config
 from moetrain.data.bins import Corpus, TokenStream
+from moetrain.parallel.mesh import Mesh
 from moetrain.types import Batch
 
 ROUNDS = 8
@@ -123,3 +125,18 @@ class Loader:
             inside = stream.starts[low:high]
             rows.append(low + np.searchsorted(inside, np.arange(start, start + self.context), side="right"))
         return cast(NDArray[np.int64], np.stack(rows).astype(np.int64))
+
+
+def make_loader(config: Config, corpus: Corpus, mesh: Mesh) -> Loader:
+    """That of this rank in a run of ``config``, whose global batch is a whole number of micro-batches of all ranks."""
+    train = config.train
+    return Loader(
+        corpus=corpus,
+        context=config.model.context,
+        micro_batch=train.micro_batch,
+        accumulation=train.global_batch // (mesh.world_size * train.micro_batch),
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        seed=config.run.seed,
+        mask_documents=config.data.mask_documents,
+    )

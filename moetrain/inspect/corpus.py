@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.data import Loader
+from moetrain.data import make_loader
 from moetrain.inspect.loaded import Loaded
 from moetrain.inspect.observe import Seen, observe
 from moetrain.inspect.tally import Tally
@@ -87,16 +87,7 @@ class CorpusProfile:
 def corpus_profile(loaded: Loaded, num_batches: int, layers: Sequence[int], *, train_capacity: bool) -> CorpusProfile:
     """Look at the first ``num_batches`` micro-batches of validation windows. layers: none for all."""
     config, corpus = loaded.config, loaded.corpus()
-    loader = Loader(
-        corpus=corpus,
-        context=config.model.context,
-        micro_batch=config.train.micro_batch,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=config.run.seed,
-        mask_documents=config.data.mask_documents,
-    )
+    loader = make_loader(config, corpus, loaded.model.mesh)
     batches = [loader.validation(index) for index in range(num_batches)]
     ids_U = torch.cat([batch.tokens_BS.flatten() for batch in batches]).unique()
     tallies: dict[int, Tally] = {}

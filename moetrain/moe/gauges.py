@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moetrain.moe.counted import Counted
 from moetrain.types import Dispatched, Gauges, Placement
 
 NUM_POSITIONS = 8
 
 
-class LayerGauges:
+class LayerGauges(Counted[Gauges]):
     """Gauges of one layer since the last ``take``, on its device; nothing is read by the host."""
 
     def __init__(self) -> None:
-        self._latest: Gauges | None = None
-        self._pending: Gauges | None = None
+        super().__init__(Gauges.plus)
 
     @torch.no_grad()
     def record(self, placement: Placement, arrived: Sequence[Dispatched], num_sequences: int) -> None:
@@ -42,18 +42,6 @@ class LayerGauges:
             logit_square=logits_TE.square().mean(-1).sum(dtype=torch.float64),
             logit_peak=torch.cat([peak_T, peak_T.new_zeros(1)]).max().double(),
         )
-
-    def commit(self) -> None:
-        """Add the latest micro-batch, once."""
-        assert self._latest is not None, "commit() without a training forward since the last commit()"
-        self._pending = self._latest if self._pending is None else self._pending.plus(self._latest)
-        self._latest = None
-
-    def take(self) -> Gauges:
-        """The sums since the last take; starts anew."""
-        assert self._pending is not None, "take() before any commit()"
-        taken, self._pending = self._pending, None
-        return taken
 
 
 def _by_position(counts_2T: Tensor, num_sequences: int) -> Tensor:

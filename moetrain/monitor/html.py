@@ -13,7 +13,7 @@ from moetrain.monitor.history import History, read_history
 from moetrain.monitor.page_data import BYTES, page_run
 from moetrain.types import ConfigError, Problem
 
-SCRIPTS = ("base.js", "heat.js", "domains.js", "curves.js", "main.js")
+SCRIPTS = ("heat.js", "domains.js", "curves.js", "main.js")
 NAME = "report.html"
 
 
@@ -25,11 +25,7 @@ def report(run: Path, out: Path | None, compare: Path | None) -> Path:
     """
     text = page([read_history(folder) for folder in (run, compare) if folder is not None])
     target = run / NAME if out is None else out
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        fix = "give a file in a folder that can be written, e.g. --out report.html"
-        raise ConfigError([Problem("--out", str(target), error.strerror or str(error), fix)]) from None
+    save(text, target, "--out", NAME)
     return target
 
 
@@ -38,14 +34,28 @@ def page(histories: Sequence[History]) -> str:
     assert len(histories) in (1, 2), len(histories)
     data = {"runs": [page_run(history, BYTES // len(histories)) for history in histories]}
     title = " and ".join(history.facts.id for history in histories)
-    scripts = [page_part(name) for name in SCRIPTS]
-    return assembled(page_part("page.html"), f"moetrain: {title}", page_part("style.css"), scripts, data)
+    return assembled(page_part("body.html"), title, "", [page_part(name) for name in SCRIPTS], data)
 
 
-def assembled(template: str, title: str, style: str, scripts: Sequence[str], data: object) -> str:
-    """A page that needs nothing else: ``template`` with @TITLE@, @STYLE@, @SCRIPT@ and @DATA@ filled in."""
-    parts = {"TITLE": html.escape(title), "STYLE": style, "SCRIPT": "\n".join(scripts), "DATA": embedded(data)}
-    return re.sub(r"@([A-Z]+)@", lambda name: parts[name[1]], template)
+def assembled(body: str, title: str, style: str, scripts: Sequence[str], data: object) -> str:
+    """A page that needs nothing else. ``style`` and ``scripts`` come after style.css and base.js of monitor/page/."""
+    parts = {
+        "TITLE": html.escape(f"moetrain: {title}"),
+        "STYLE": f"{page_part('style.css')}\n{style}",
+        "BODY": body,
+        "SCRIPT": "\n".join([page_part("base.js"), *scripts]),
+        "DATA": embedded(data),
+    }
+    return re.sub(r"@([A-Z]+)@", lambda name: parts[name[1]], page_part("page.html"))
+
+
+def save(text: str, target: Path, option: str, usual: str) -> None:
+    """Write a page where ``option`` says, ``usual`` for example. Raises ConfigError."""
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        fix = f"give a file in a folder that can be written, e.g. {option} {usual}"
+        raise ConfigError([Problem(option, str(target), error.strerror or str(error), fix)]) from None
 
 
 def embedded(data: object) -> str:

@@ -34,6 +34,7 @@ from moetrain.monitor.signs import facts_of
 from moetrain.monitor.wandb import LayerLoad, WandbLogger, WandbSettings, is_picture_step
 from moetrain.monitor.window import WindowMeans
 from moetrain.parallel.mesh import Mesh
+from moetrain.types import LoadCounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,15 +227,6 @@ class Recorder:
     ) -> ClosingReport:
         corpus, num_steps = self._corpus, self._status.step - self._first
         tokens_per_second = self._steady_steps * self._tokens_per_step / self._steady_seconds
-        load = None
-        if last.load is not None:
-            traits = traits_of(self._config)
-            load = LoadReport(
-                last.load,
-                summarise(last.load, self._mesh.ep_size, self._layers),
-                last.num_steps * self._tokens_per_step,
-                traits.experts_per_token if traits.ragged else None,
-            )
         return ClosingReport(
             reached=self._status.step,
             planned=self._config.train.steps,
@@ -248,13 +240,18 @@ class Recorder:
             ),
             phase_seconds={name: seconds / self._steady_steps for name, seconds in self._phases.items()},
             memory=memory,
-            load=load,
+            load=None if last.load is None else self._load_report(last.load, last.num_steps),
             sample=sample,
             notes=tuple(notes),
             folder=self._folder.path,
             metrics=self._folder.metrics,
             checkpoint=saved,
         )
+
+    def _load_report(self, load: LoadCounts, num_steps: int) -> LoadReport:
+        summary = summarise(load, self._mesh.ep_size, self._layers)
+        traits, num_tokens = traits_of(self._config), num_steps * self._tokens_per_step
+        return LoadReport(load, summary, num_tokens, traits.experts_per_token if traits.ragged else None)
 
     def _is_picture_step(self, done: int) -> bool:
         return is_picture_step(done, self._config.train.steps, self._config.monitor.log_every)

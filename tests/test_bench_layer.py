@@ -116,8 +116,8 @@ def _rounded(rank: int, world: int) -> dict[tuple[bool, str, str], int]:
 
 def test_payload_and_chunks_are_those_of_all_our_dispatchers() -> None:
     config = layer_configs([*SMALL, "dispatch=hierarchical", "dispatch.payload=fp8", "dispatch.chunks=2"], 1, None)[0]
-    assert bench._dispatch(config, bench.ALLTOALL) == {"_target_": bench.ALLTOALL, "payload": "fp8", "chunks": 2}
-    assert bench._dispatch(config, bench.PADDED) == {"_target_": bench.PADDED}
+    for target in (bench.ALLTOALL, bench.PADDED, bench.DEDUP):
+        assert bench._dispatch(config, target) == {"_target_": target, "payload": "fp8", "chunks": 2}
     for sent in run_ranks(2, _rounded):
         for exchange, name in ((False, "moetrain, a copy for each expert"), (True, "dedup"), (True, "alltoall")):
             exact, bf16, fp8 = (sent[exchange, payload, name] for payload in ("exact", "bf16", "fp8"))

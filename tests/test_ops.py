@@ -242,6 +242,21 @@ def test_linear_kernels_agree_and_the_probe_names_one_of_them() -> None:
     assert has_onednn(), "this build of torch has lost the operator: the fallback is at work, see ops/kernels.py"
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (1, 0, 8)])
+def test_a_linear_map_of_no_tokens(shape: tuple[int, ...]) -> None:
+    """A rank may send none of its tokens through a block."""
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    out = make_kernels(CPU, "onednn").linear(x, weight)
+    assert out.shape == (*shape[:-1], 4)
+    out.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(weight.grad, torch.zeros(4, 8))
+
+
+def test_a_product_of_a_factor_that_lies_straight_is_straight() -> None:
+    assert onednn_gemm(torch.randn(64, 48), torch.randn(16, 48)).is_contiguous()
+
+
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(64, 8, 16), (64, 48, 16), (16, 48, 64)])
 def test_a_weight_gradient_turns_the_tall_factor_or_the_product_whichever_is_less(
     rows: int, depth: int, columns: int

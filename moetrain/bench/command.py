@@ -92,7 +92,7 @@ def bench(arguments: list[str]) -> int:
         return _picture(rest)
     parser = Parser(f"bench {action}", ABOUT[action])
     if action == "step":
-        parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each side (default: 7)")
+        _add_rounds(parser)
         parser.add_argument(
             "--alone", action="store_true", help="without the peer, which holds every expert on every rank"
         )
@@ -104,9 +104,20 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
+def _add_rounds(parser: Parser) -> None:
+    text = "samples of each contestant (default: 7)"
+    parser.add_argument("--rounds", type=_at_least_one, default=7, metavar="N", help=text)
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is fewer than 1")
+    return number
+
+
 def _layer(action: str, arguments: list[str]) -> int:
     parser = Parser(f"bench {action}", ABOUT[action])
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
+    _add_rounds(parser)
     parser.add_argument("--routing", nargs="*", choices=ROUTINGS, default=list(ROUTINGS), help="default: all of them")
     parser.add_argument(
         "--against", nargs="*", default=[""], metavar="NAME", help="parts of names (default: everybody)"
@@ -138,7 +149,7 @@ def _layer(action: str, arguments: list[str]) -> int:
 
 def _overlap(arguments: list[str]) -> int:
     parser = Parser("bench overlap", ABOUT["overlap"])
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
+    _add_rounds(parser)
     parsed = parser.parse_intermixed_args(arguments)
     with _on_ranks("overlap", 2, "one rank exchanges nothing", parsed) as (config, mesh):
         if (text := bench_overlap(config, mesh, parsed.rounds)) is not None:
@@ -148,7 +159,7 @@ def _overlap(arguments: list[str]) -> int:
 
 def _skew(arguments: list[str]) -> int:
     parser = Parser("bench skew", ABOUT["skew"])
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each contestant (default: 7)")
+    _add_rounds(parser)
     parser.add_argument("--times", type=float, default=4.0, help="what the first rank gets over its share (default: 4)")
     parser.add_argument("--hot", type=int, metavar="N", help="on so many of its experts (default: on all of them)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append a JSON line for each contestant")

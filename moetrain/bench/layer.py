@@ -26,12 +26,12 @@ from moetrain.checks import traits_of
 from moetrain.config import Config
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.replay import Replay
-from moetrain.ops.kernels import Kernels, fastest_gemm, make_kernels, torch_kernels
+from moetrain.ops.kernels import Kernels, make_kernels, torch_kernels
 from moetrain.ops.timeline import Timeline
 from moetrain.ops.triton_swiglu import has_triton
-from moetrain.parallel.collectives import broadcast_text
 from moetrain.parallel.machine import processor
 from moetrain.parallel.mesh import Mesh, weight_dtype
+from moetrain.resume import choose_kernels
 from moetrain.rules.layout import ALLTOALL, DEDUP, HIERARCHICAL, PADDED, ranks_of_node
 from moetrain.types import ConfigError, Dispatched, Problem
 
@@ -76,26 +76,27 @@ def bench_layer(
     Raises AssertionError if two contestants that drop nothing differ, and ConfigError if ``against`` names nobody.
     """
     field = _dispatchers if exchange_only else _field
-    gemm = broadcast_text(fastest_gemm(mesh.device), mesh.world_group)
-    kernels = make_kernels(mesh.device, "onednn" if gemm == "onednn" else "torch")
     results: list[Result] = []
     for config in configs:
+        kernels = choose_kernels(config, mesh, None)
         facts = {"timed": "exchange" if exchange_only else "layer", **facts_of(config, mesh, kernels.gemm_name)}
         for routing in routings:
             case = layer_case(config, mesh, routing)
             contestants, missing = field(case, config, kernels)
             contestants = _chosen(contestants, against)
             _check(contestants, case, TOLERANCE[case.x_TD.dtype] + ROUNDING[config.dispatch.get("payload", "exact")])
-            sent = {
-                one.name: [int(most_of(bytes_sent(one, mesh, ranks), mesh)) for ranks in (1, ranks_of_node(None))]
-                for one in contestants
-            }
-            samples = race(contestants, mesh, rounds)
+            sent, samples = _sent(contestants, mesh), race(contestants, mesh, rounds)
             found = [Result(facts, routing, n.name, n.note, samples[n.name], *sent[n.name]) for n in contestants]
             results += found
             if mesh.is_main:
                 print(_text(found, missing if routing == routings[0] else []), flush=True)
     return results
+
+
+def _sent(contestants: Sequence[Contestant], mesh: Mesh) -> dict[str, list[int]]:
+    """Bytes of a step by contestant: to other ranks, and to other nodes."""
+    nodes = 1, ranks_of_node(None)
+    return {one.name: [int(most_of(bytes_sent(one, mesh, ranks), mesh)) for ranks in nodes] for one in contestants}
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:
@@ -129,7 +130,7 @@ def _field(case: LayerCase, config: Config, kernels: Kernels) -> tuple[list[Cont
     theirs, missing = peers(case)
     plain = torch_kernels()
     ours = [_ours(case, config, kernels, "moetrain")]
-    if has_triton():
+    if has_triton() and kernels.experts_name != "triton":
         triton = make_kernels(case.mesh.device, "torch", "triton")
         ours.append(_ours(case, config, triton, "moetrain, Triton"))
     if case.mesh.world_size == 1:
@@ -142,8 +143,8 @@ def _field(case: LayerCase, config: Config, kernels: Kernels) -> tuple[list[Cont
 
 
 def _dispatch(config: Config, target: str) -> dict[str, Any]:
-    """The dispatcher ``target`` with the payload and chunks of the configured one, where it has them."""
-    shared = () if target == PADDED else ("payload", "chunks")
+    """The dispatcher ``target`` with what the configured one has of its settings."""
+    shared = ("payload", "chunks", *(["ranks_per_node"] if target == HIERARCHICAL else []))
     return {"_target_": target, **{key: config.dispatch[key] for key in shared if key in config.dispatch}}
 
 
@@ -154,7 +155,7 @@ def _dispatchers(case: LayerCase, config: Config, kernels: Kernels) -> tuple[lis
         ("alltoall", ALLTOALL, config, ""),
         ("padded, capacity 1.25", PADDED, limited, "drops tokens"),
     ]
-    if several := len(case.mesh.hops_by_node(ranks_of_node(None))) > 1:
+    if several := len(case.mesh.hops_by_node(ranks_of_node(config.dispatch.get("ranks_per_node")))) > 1:
         choices.insert(1, ("hierarchical", HIERARCHICAL, config, ""))
     field = [
         _ours(case, replace(given, dispatch=_dispatch(config, target)), kernels, name, note, echo=True)

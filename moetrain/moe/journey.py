@@ -61,8 +61,9 @@ def travel(
 
 @torch.no_grad()
 def _land(trips: Sequence[Trip]) -> None:
-    """Wait for results that nobody needs: activation recompute stops where the last tensor that backward needs is there
-    again, and buffers must not go while something is on its way to them.
+    """Wait for results that nobody needs: activation recompute stops, in the last part, where the last tensor that
+    backward needs is there again, and buffers must not go while something is on its way to them. Of any other exception
+    this process dies.
     """
     for trip in trips:
         _end(trip)

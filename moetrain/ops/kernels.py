@@ -113,7 +113,7 @@ def _pointwise(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 def onednn_linear(x_XI: Tensor, weight_OI: Tensor) -> Tensor:
     """``linear`` with its backward, all three products by ``onednn_gemm``."""
     out: Tensor = _Linear.apply(x_XI.reshape(-1, x_XI.shape[-1]), weight_OI)
-    return out.view(*x_XI.shape[:-1], -1)
+    return out.view(*x_XI.shape[:-1], weight_OI.shape[0])
 
 
 class _Linear(torch.autograd.Function):

@@ -18,6 +18,9 @@ NETNS = str(ROOT / "tests" / "netns.sh")
 CLONE_NEWNET = 0x40000000
 """linux/sched.h"""
 
+STEADY = 'for word; do shift; [ "$word" = moetrain ] && word=tests.steady; set -- "$@" "$word"; done\n'
+"""Shell: ``-m moetrain`` becomes ``-m tests.steady``."""
+
 
 def need_namespaces() -> None:
     """Skip the test where network namespaces can not be had."""
@@ -30,18 +33,19 @@ def need_namespaces() -> None:
         pytest.skip(f"network namespaces are not allowed here: {made.stderr.strip()}")
 
 
-def checkout(folder: Path, *, checks: bool = True) -> None:
+def checkout(folder: Path, *, checks: bool = True, agent: str = "torch.distributed.run") -> None:
     """The launch scripts beside this source, and an environment that is already installed: the one of these tests.
 
     checks: otherwise ``moetrain check``, which the scripts ask first, is not called: a quarter of a minute less.
+    agent: the module that is torchrun; whatever it is, it starts ``tests.steady`` for ``moetrain``.
     """
     shutil.copytree(ROOT / "launch", folder / "launch")
-    for name in ("moetrain", "conf", "recipes", "pyproject.toml"):
+    for name in ("moetrain", "conf", "tests", "recipes", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+    for name, module in (("python", ""), ("torchrun", f"-m {agent} ")):
+        (programs / name).write_text(f'#!/bin/sh\n{STEADY if module else ""}exec {sys.executable} {module}"$@"\n')
         (programs / name).chmod(0o755)
     if not checks:
         (programs / "python").write_text("#!/bin/sh\n")

@@ -31,7 +31,7 @@ def _main(rank: int, world: int, store: str, fn: Callable[..., Any], args: tuple
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=200)
         )
         queue.put((rank, fn(rank, world, *args), None))
         dist.barrier()
@@ -43,7 +43,7 @@ def _main(rank: int, world: int, store: str, fn: Callable[..., Any], args: tuple
             dist.destroy_process_group()
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 280.0) -> list[Any]:
     """Call ``fn(rank, world, *args)`` on every rank and return the results in rank order; a failing rank fails it.
 
     Results travel as numpy or plain objects: return ``tensor.numpy()`` or floats, not tensors.
@@ -65,7 +65,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
                 assert error is None, f"rank {rank}:\n{error}"
                 results[rank] = value
             for process in ranks:
-                process.join(timeout=30)
+                process.join(timeout=60)
         finally:
             for process in ranks:
                 if process.is_alive():

@@ -17,6 +17,7 @@ import torch
 
 from moetrain.cli import main
 from moetrain.monitor.jsonl import read_metrics
+from tests import steady
 from tests.ranks import PRELOAD
 
 TINY = (
@@ -39,9 +40,7 @@ class Started:
         self.run = folder / "outputs" / "it"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, __name__])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.held, port = held_port()
         self.ranks: list[ForkServerProcess] = [
             context.Process(target=_rank, args=(rank, world, port, folder, (*TINY, *overrides), before), daemon=True)
             for rank in range(world)
@@ -56,10 +55,11 @@ class Started:
         for process in self.ranks:
             process.kill()
             process.join()
+        self.held.close()
 
     def wait_for_step(self, step: int) -> None:
         """Until the metrics have that step."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 250
         while not any(row["train/step"] >= step for row in rows(self.run)):
             assert time.monotonic() < deadline
             assert all(process.is_alive() for process in self.ranks), said(self.run)
@@ -70,11 +70,21 @@ class Started:
         assert pid is not None
         os.kill(pid, number)
 
-    def codes(self, timeout: float = 120) -> list[int | None]:
+    def codes(self, timeout: float = 250) -> list[int | None]:
         """Exit codes, -N for signal N, None for a rank that does not end."""
         for process in self.ranks:
             process.join(timeout)
         return [process.exitcode for process in self.ranks]
+
+
+def held_port() -> tuple[socket.socket, int]:
+    """A port of this machine for a server that says SO_REUSEADDR, as torch's store does, and of nobody else until the
+    socket is closed: the system gives a bound port to no other.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held, held.getsockname()[1]
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -105,6 +115,7 @@ def _rank(
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     before(rank)
     torch.set_num_threads(1)
+    steady.same_products()
     code = main(["train", *overrides, f"data.cache={folder}/cache"])
     with contextlib.suppress(OSError):
         os.fsync(1)

@@ -109,7 +109,7 @@ def run_all(rank: int, world: int) -> list[tuple[Seen, Seen]]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[list[tuple[Seen, Seen]]]:
-    return run_ranks(WORLD, run_all, timeout=200.0)
+    return run_ranks(WORLD, run_all)
 
 
 named = pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])

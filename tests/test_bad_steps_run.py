@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ RUN = Path("outputs/it")
 
 @dataclass
 class Plan:
-    """Batches of these numbers are bad, on the last rank; the batch ``kills`` kills its process, the first time."""
+    """Batches of these numbers are bad, on the last rank; the batch ``kills`` kills both ranks, the first time."""
 
     bad: tuple[int, ...]
     kills: int = -1
@@ -51,6 +52,8 @@ def plant(plan: Plan, put: Callable[[Any, str, Any], None], rank: int) -> None:
                 file.write(f"{step}\n")
         if step == plan.kills and not Path(f"killed{rank}").exists():
             Path(f"killed{rank}").touch()
+            while not all(Path(f"killed{one}").exists() for one in range(2)):  # no rank dies before the other's step 10
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return train(self, step, micro)
 

@@ -5,7 +5,7 @@ old ones go.
 from __future__ import annotations
 
 import json
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,11 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
 def test_a_background_save_is_of_the_moment_at_which_it_was_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = store.write
+    usual, may_write = store.write, threading.Event()
 
     def slow(file: Path, header: bytes, blocks: Any) -> Written:
-        time.sleep(0.3 if file.suffix == ".safetensors" else 0)
+        if file.suffix == ".safetensors":
+            assert may_write.wait(200)
         return usual(file, header, blocks)
 
     monkeypatch.setattr(store, "write", slow)
@@ -73,9 +74,11 @@ def test_a_background_save_is_of_the_moment_at_which_it_was_begun(
         assert names(tmp_path) == [f"step_{s:08d}" for s in range(1, step)] + [f"step_{step:08d}.tmp"]
         for tensor in tensors.values():
             tensor.zero_()
+        may_write.set()
         while one.newest is None or one.newest.name != f"step_{step:08d}":
             one.poll()
         assert same(loaded(opened(one.newest), tensors), some_tensors(step))
+        may_write.clear()
         tensors = some_tensors(2)
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import Keep, find
 from moetrain.parallel.mesh import mesh_of_world
+from tests.ranks import PRELOAD
 from tests.saved import CPU, ONE, loaded, saver, state_of
 
 NUM_KILLS = int(os.environ.get("MOETRAIN_KILLS", "50"))
@@ -39,7 +40,7 @@ def save_forever(rank: int, store: str, folder: str, background: bool, finished:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=200)
     )
     mesh = mesh_of_world(1, CPU)
     source = find(Path(folder), mesh)
@@ -65,7 +66,7 @@ def kill(process: ForkServerProcess) -> None:
 def one_life(folder: Path, number: int, rng: random.Random) -> tuple[int, int]:
     """Start, wait until something was saved, kill a rank and then the other. Steps: finished for certain, and found."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([*PRELOAD, __name__])
     finished = context.Value("q", 0)
     args = (str(folder / f"store{number}"), str(folder / "checkpoints"), number % 2 == 1, finished)
     ranks: list[ForkServerProcess] = [
@@ -74,7 +75,7 @@ def one_life(folder: Path, number: int, rng: random.Random) -> tuple[int, int]:
     try:
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while finished.value == 0:
             assert time.monotonic() < deadline
             assert all(process.is_alive() for process in ranks)

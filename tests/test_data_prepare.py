@@ -46,7 +46,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """
     script = textwrap.dedent(head) + textwrap.dedent(code)
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=240, check=False
     )
 
 

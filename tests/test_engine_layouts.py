@@ -42,7 +42,7 @@ class Results:
 @pytest.fixture(scope="module")
 def results() -> Results:
     """One start of four processes for everything here."""
-    ranks = run_ranks(WORLD, run_and_repeat, EXACT + BF16, REPEATED, timeout=280.0)
+    ranks = run_ranks(WORLD, run_and_repeat, EXACT + BF16, REPEATED)
     runs = {case: [rank[0][i] for rank in ranks] for i, case in enumerate(EXACT + BF16)}
     return Results(runs, {case: [rank[1][i] for rank in ranks] for i, case in enumerate(REPEATED)})
 

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +27,9 @@ from moetrain.monitor.events import read_events
 from moetrain.train import main
 from moetrain.trainer import Trainer
 from tests.ranks import PRELOAD
+from tests.started import held_port
 
-TIMEOUT_S = 6
+TIMEOUT_S = 15
 STEP = 3
 SMALL = [
     *("recipe=quickstart", "model=nano", "model.context=16", "model.num_layers=2", "engine=local", "dispatch=alltoall"),
@@ -138,28 +138,22 @@ class Job:
         return found
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """All faults at once: most of the time is waiting."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    cache, jobs = f"data.cache={tmp_path_factory.mktemp('cache')}", {}
+    cache, jobs, held = f"data.cache={tmp_path_factory.mktemp('cache')}", {}, []
     for name, fault in {**HANGS, "flips": FLIP}.items():
-        folder, port = tmp_path_factory.mktemp(name), free_port()
+        folder, (one_held, port) = tmp_path_factory.mktemp(name), held_port()
+        held.append(one_held)
         config = compose([*SMALL, cache, *fault.overrides], fault.world)
         args = [(rank, port, fault, str(folder), config) for rank in range(fault.world)]
         ranks = [context.Process(target=as_rank, args=one, daemon=True) for one in args]
         for process in ranks:
             process.start()
         jobs[name] = Job(fault, folder, ranks, [])
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 250
     for job in jobs.values():
         for rank, process in enumerate(job.ranks):
             if job.fault.act is not stop or rank != job.fault.victim:
@@ -169,6 +163,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         for process in job.ranks:
             process.kill()
             process.join()
+    for one_held in held:
+        one_held.close()
     return jobs
 
 

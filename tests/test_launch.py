@@ -58,7 +58,9 @@ class Checkout:
         """The calls that the script made, each as a list of words."""
         self.calls_file.write_text("")
         command = ["bash", str(self.folder / script), *words]
-        self.done = subprocess.run(command, env=self.env | env, capture_output=True, text=True, timeout=60, check=False)
+        self.done = subprocess.run(
+            command, env=self.env | env, capture_output=True, text=True, timeout=240, check=False
+        )
         assert self.done.returncode == status, self.done.stderr
         return [line.split("|") for line in self.calls_file.read_text().splitlines()]
 

@@ -163,7 +163,7 @@ def test_every_layout_equals_one_process(world: int, layouts: list[Layout]) -> N
     """Also TRAPS 2 and T6 (expert gradients times EP), 3 and T7 (clip norm), 4 (load), 15 and T2 (aux and
     accumulation).
     """
-    by_rank = run_ranks(world, train_all, layouts, timeout=280)
+    by_rank = run_ranks(world, train_all, layouts)
     references: dict[tuple[float | None, str], dict[str, Any]] = {}
     for number, layout in enumerate(layouts):
         kind = (layout.capacity, layout.scope)

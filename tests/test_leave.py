@@ -4,13 +4,16 @@ had been.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,46 @@ from moetrain.trainer import Trainer
 from tests.started import TINY, Started, losses, rows, said
 
 STEPS = 12
+FIRST, SECOND = 2, 8
+"""Before these steps, from 0, something happens to the ranks."""
 ALONE = [*TINY, "engine=local", "dispatch=local", "train.steps=6", "monitor.progress=false", "train.global_batch=4"]
 ALONE += ["train.checkpoint_every=0", "machine.threads=1"]
 RUN = Path("outputs/it")
 
 
+def ask(number: int = signal.SIGTERM) -> None:
+    """This process, until it has heard it."""
+    usual, heard = leave.Leave._hear, threading.Event()
+
+    def hear(self: leave.Leave, number: signal.Signals) -> None:
+        usual(self, number)
+        heard.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leave.Leave, "_hear", hear)
+        os.kill(os.getpid(), number)
+        assert heard.wait(200)
+
+
+def at_step(step: int, victim: int, what: Callable[[], None], rank: int) -> None:
+    """Before step ``step``, from 0, it happens on the rank ``victim``."""
+    usual = Trainer._step
+
+    def changed(self: Trainer, number: int) -> float:
+        if (rank, number) == (victim, step):
+            what()
+        return usual(self, number)
+
+    Trainer._step = changed  # type: ignore[method-assign]
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def test_two_ranks_leave_together_and_go_on_to_the_bit(tmp_path: Path) -> None:
-    """Under DeepSpeed's ZeRO 1. SIGUSR2 to rank 1; then rank 1 hangs, is asked once and leaves when it is asked again;
-    then the third start goes on from what the first one saved.
+    """Under DeepSpeed's ZeRO 1. SIGUSR2 to rank 1; then rank 0 hangs, rank 1 is asked once and leaves when it is asked
+    again; then the third start goes on from what the first one saved.
     """
     cache = f"data.cache={tmp_path / 'cache'}"
     overrides = (f"train.steps={STEPS}", "train.checkpoint_every=0", cache)
@@ -42,13 +77,11 @@ def test_two_ranks_leave_together_and_go_on_to_the_bit(tmp_path: Path) -> None:
     assert not (whole.run / "requeue").exists()
     assert not (whole.run / "checkpoints").exists()
 
-    with Started(tmp_path, *overrides) as ranks:
-        ranks.wait_for_step(2)
-        ranks.signal(1, signal.SIGUSR2)
+    with Started(tmp_path, *overrides, before=partial(at_step, FIRST, 1, partial(ask, signal.SIGUSR2))) as ranks:
         assert ranks.codes() == [0, 0], said(ranks.run)
     run = ranks.run
     left = max(losses(run))
-    assert 2 <= left < STEPS
+    assert left == FIRST + 1
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{left:08d}"]
     marker = json.loads((run / "requeue").read_text())
     assert (marker["step"], marker["reason"]) == (left, "rank 1 got SIGUSR2")
@@ -57,13 +90,17 @@ def test_two_ranks_leave_together_and_go_on_to_the_bit(tmp_path: Path) -> None:
     (event,) = [event for event in read_events(run / "events.jsonl") if event.kind == "leave"]
     assert (event.step, event.message) == (left, "rank 1 got SIGUSR2")
 
-    with Started(tmp_path, *overrides) as ranks:
-        ranks.wait_for_step(left + 1)
+    with Started(tmp_path, *overrides, before=partial(at_step, SECOND, 0, stop)) as ranks:
+        ranks.wait_for_step(SECOND)
         assert not (run / "requeue").exists()
-        ranks.signal(0, signal.SIGSTOP)
-        for _ in range(2):
-            ranks.signal(1, signal.SIGTERM)
-            time.sleep(leave.SAME_S + 0.2)
+        ranks.signal(1, signal.SIGTERM)
+        time.sleep(leave.SAME_S + 0.2)
+        assert ranks.ranks[1].exitcode is None
+        deadline = time.monotonic() + 200
+        while ranks.ranks[1].exitcode is None and time.monotonic() < deadline:  # it may not have heard the first yet
+            with contextlib.suppress(ProcessLookupError):
+                ranks.signal(1, signal.SIGTERM)
+            ranks.ranks[1].join(0.2)
         assert ranks.ranks[1].exitcode == 128 + signal.SIGTERM
 
     with Started(tmp_path, *overrides) as ranks:
@@ -79,12 +116,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(leave, "POLL_S", 0.0)
     cache = tmp_path_factory.getbasetemp() / "cache"
     return lambda *overrides: main(["train", *ALONE, f"data.cache={cache}", *overrides])
-
-
-def ask(number: int = signal.SIGTERM) -> None:
-    """This process; the listener gets the time to hear it."""
-    os.kill(os.getpid(), number)
-    time.sleep(0.1)
 
 
 def at_call(number: int, what: Callable[[], None], monkeypatch: pytest.MonkeyPatch, of: type, name: str) -> list[str]:
@@ -121,6 +152,7 @@ def test_what_was_there_is_heard_and_put_back(alone: Any, monkeypatch: pytest.Mo
 
 def test_a_signal_that_comes_twice_at_once_is_one_request(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under Slurm, which signals torchrun and its workers."""
+    monkeypatch.setattr(leave, "SAME_S", 200.0)
 
     def twice() -> None:
         ask()
@@ -146,12 +178,15 @@ def test_a_file_asks_and_is_gone_when_it_was_heard(
     assert [row["train/step"] for row in rows(RUN)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_files_are_looked_for_now_and_then(tmp_path: Path) -> None:
+def test_files_are_looked_for_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(leave, "monotonic", lambda: now[0])
     one = leave.Leave(0, tmp_path)
     assert not one.asked
     (tmp_path / "STOP").touch()
+    now[0] += leave.POLL_S - 0.01
     assert not one.asked
-    time.sleep(leave.POLL_S)
+    now[0] += 0.02
     assert one.asked
     assert not leave.Leave(1, tmp_path).asked, "rank 0 alone looks"
 

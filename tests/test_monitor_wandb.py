@@ -26,7 +26,7 @@ ASSIGNED_LE, KEPT_LE = np.array([[4, 0, 2, 2], [1, 1, 1, 1]]), np.array([[2, 0, 
 COUNTS = LayerLoad(step=2, tokens=64, assigned_LE=ASSIGNED_LE, kept_LE=KEPT_LE, layers=(1, 3))
 
 
-def settings(folder: Path, timeout_s: float = 5.0) -> WandbSettings:
+def settings(folder: Path, timeout_s: float = 100.0) -> WandbSettings:
     return WandbSettings("offline", "moetrain-tests", None, "run-1", folder, {"k": 2}, 60.0, timeout_s)
 
 
@@ -169,7 +169,7 @@ def test_wandb_hanging_never_stops_training(monkeypatch, tmp_path, where):
     outcome = logger.close()
     waited = time.monotonic() - began
     release.set()
-    logger._thread.join(10)
+    logger._thread.join(60)
     assert waited < 30.0, "nobody waits for what hangs for 60 s"
     assert outcome.failure == "finish: TimeoutError: not done after 0.3 s"
     assert (outcome.sent, outcome.lost) == ((5, 0) if where == "finish" else (0, 1000))
@@ -226,7 +226,7 @@ def test_an_offline_run_holds_what_was_logged(tmp_path):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     for first in ("1", "3"):  # the second life of the run goes back over step 30
-        done = subprocess.run([*command, first], capture_output=True, text=True, timeout=60, env=clean, check=False)
+        done = subprocess.run([*command, first], capture_output=True, text=True, timeout=240, env=clean, check=False)
         assert done.stdout.strip() == "WandbOutcome(sent=6, lost=0, failure=None)", done.stderr
     assert done.stderr == ""
     runs = sorted((tmp_path / "wandb").glob("offline-run-*-run-1"))

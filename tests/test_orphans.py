@@ -18,7 +18,7 @@ orphan = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(orphan)
 orphan.die_with_torchrun()
 print("ready", flush=True)
-time.sleep(5)
+time.sleep(100)
 print("alive", flush=True)
 """
 ORPHAN = str(Path(__file__).parents[1] / "moetrain" / "health" / "orphan.py")

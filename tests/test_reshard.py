@@ -159,11 +159,11 @@ class Chain:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    whole = run_ranks(WORLD, begin, folder, timeout=280.0)
+    whole = run_ranks(WORLD, begin, folder)
     losses = [{model: whole[0][model] for model in MODELS}]
-    losses += run_ranks(2, reload, folder, [1], timeout=200.0)[0]
+    losses += run_ranks(2, reload, folder, [1])[0]
     losses += reload(0, 1, folder, [2])
-    resumed = run_ranks(WORLD, reload_and_resume, folder, [3, 4], timeout=280.0)
+    resumed = run_ranks(WORLD, reload_and_resume, folder, [3, 4])
     losses += resumed[0]["links"]
     exact = {
         case: [(whole[rank]["exact"][i], resumed[rank]["exact"][i]) for rank in range(WORLD)]

@@ -43,7 +43,7 @@ def test_every_router_gives_the_same_under_every_ep_size() -> None:
     """Each rank routes its own tokens; wherever the experts are, output and gradients are those of all in one place."""
     layouts = ((1, "alltoall", None), (2, "padded", 1.0), (4, "dedup", None), (4, "hierarchical", None))
     cases = [(name, *layout) for name in ROUTERS for layout in layouts]
-    by_rank = run_ranks(WORLD, sharded, cases, timeout=280)
+    by_rank = run_ranks(WORLD, sharded, cases)
     reference = {(n, f): [run_layer(n, alone(), r, "local", f) for r in range(WORLD)] for n, _, _, f in cases}
     for number, (name, ep, dispatch, factor) in enumerate(cases):
         ours, plain = [results[number] for results in by_rank], reference[name, factor]
@@ -125,7 +125,7 @@ def odd(rank: int, world: int, names: list[str]) -> list[str]:
 
 
 def test_no_tokens_and_tokens_that_are_all_alike_under_expert_parallelism() -> None:
-    assert run_ranks(2, odd, ROUTERS, timeout=280) == [[], []]
+    assert run_ranks(2, odd, ROUTERS) == [[], []]
 
 
 def trained(rank: int, world: int, names: list[str]) -> list[list[dict[str, np.ndarray]]]:
@@ -135,7 +135,7 @@ def trained(rank: int, world: int, names: list[str]) -> list[list[dict[str, np.n
 
 def test_buffers_are_alike_on_all_ranks_and_at_every_ep_size() -> None:
     """What routers learn outside of the gradient comes from global sums: no rank has a view of its own."""
-    ranks = run_ranks(2, trained, ROUTERS, timeout=280)
+    ranks = run_ranks(2, trained, ROUTERS)
     moved = 0
     for number, name in enumerate(ROUTERS):
         first = ranks[0][number]

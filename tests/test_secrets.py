@@ -41,7 +41,7 @@ def test_a_run_writes_and_prints_no_secret(tmp_path: Path) -> None:
     words = [*RUN, f"run.root={tmp_path}/outputs"]
     command = [sys.executable, "-m", "moetrain", "train", *words]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     written = [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]

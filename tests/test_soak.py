@@ -98,7 +98,7 @@ def soak(rank: int, world: int) -> dict[str, list[tuple[int, int, int, float, in
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_adversarial_routings_never_hang_and_lose_nothing(world: int) -> None:
-    by_rank = run_ranks(world, soak, timeout=100.0)
+    by_rank = run_ranks(world, soak)
     for name in by_rank[0]:
         numbers = np.array([rank[name] for rank in by_rank])
         assert numbers.shape == (world, NUM_STEPS, 5)

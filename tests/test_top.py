@@ -75,7 +75,7 @@ def test_the_layers_that_are_shown_are_the_busiest_in_order(tmp_path):
 def test_it_says_when_nothing_comes_any_more_and_when_the_run_is_over(tmp_path):
     run = write_run(tmp_path, "healthy", Shape(done=100))
     os.utime(run / "metrics.jsonl", (time.time() - 3700,) * 2)
-    assert "nothing new for 1:01:4" in drawn(Watch(run).look())
+    assert re.search(r"nothing new for 1:0[1-9]:\d\d\b", drawn(Watch(run).look()))
     assert "the run is over" in drawn(Watch(write_run(tmp_path, "healthy", name="done")).look())
 
 
@@ -147,14 +147,14 @@ def test_ctrl_c_leaves_a_real_terminal_as_it_was(tmp_path):
         text = _read_until(ours, "busiest rank")
         child.send_signal(2)
         text += _read_until(ours, "\x1b[?25h")
-        assert child.wait(30) == 0
+        assert child.wait(200) == 0
     os.close(ours)
     assert "Traceback" not in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is there again"
 
 
 def _read_until(file: int, mark: str) -> str:
-    text, until = "", time.monotonic() + 60
+    text, until = "", time.monotonic() + 200
     while mark not in text and time.monotonic() < until:
         if select.select([file], [], [], 1.0)[0]:
             try:

@@ -22,6 +22,6 @@ def wandb_summary(folder: Path) -> dict[str, Any]:
 
 def _inspect(*words: str) -> str:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moetrain.bench import layer as bench
+from moetrain.bench import limit
 from moetrain.bench.command import layer_configs
 from moetrain.bench.layer import bench_layer, write_results
-from moetrain.bench.routing import ROUTINGS, gate_of, tokens_of
+from moetrain.bench.routing import ROUTINGS, Routing, gate_of, tokens_of
 from moetrain.cli import main
+from moetrain.ops.kernels import Kernels, torch_gemm
+from moetrain.ops.loop_swiglu import loop_swiglu
 from moetrain.parallel.mesh import mesh_of_world
 from moetrain.types import ConfigError
 from tests.ranks import run_ranks
@@ -41,17 +46,38 @@ def test_everybody_is_there_with_the_same_output_under_every_routing(
     names = [one.name for one in results if one.routing == "zipf"]
     hugging_face = ["transformers grouped_mm", "transformers eager"]
     theirs = [*hugging_face, "DeepSpeed, capacity 1.25", "DeepSpeed, dropless", "DeepSpeed AutoEP"]
-    assert names == ["moetrain", "moetrain, torch grouped_mm", *theirs]
-    assert [one.note for one in results if one.note] == ["drops tokens"] * 3
+    assert names == ["moetrain", "moetrain, torch grouped_mm", *theirs, "products of the experts alone"]
+    assert [one.note for one in results if one.note] == ["drops tokens", "no layer: the limit"] * 3
     assert all(len(one.samples) == 2 and min(one.samples[0].wall, one.samples[0].cpu) > 0 for one in results)
     text = capsys.readouterr().out
     assert "8 experts, k = 3, D = 32, F = 16, 128 tokens a rank" in text
     write_results(results, tmp_path / "deep" / "times.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "deep" / "times.jsonl").read_text().splitlines()]
-    assert len(rows) == 21
+    assert len(rows) == 24
     assert rows[0]["contestant"] == "moetrain"
     assert rows[0]["routing"] == "balanced"
     assert len(rows[0]["cpu"]) == 2
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_limit_is_all_products_of_a_layer_and_nothing_else(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[tuple[int, ...]] = []
+
+    def counted(a_MK: Tensor, b_NK: Tensor, out: Tensor | None = None) -> Tensor:
+        products.append((a_MK.shape[0], a_MK.shape[1], b_NK.shape[0]))
+        return torch_gemm(a_MK, b_NK, out)
+
+    monkeypatch.setattr(limit, "torch_gemm", counted)
+    (config,) = layer_configs([*SMALL, "experts=e8", "router.top_k=3"], 1, None)
+    case = bench.layer_case(config, alone(), routing)
+    limit.products_alone(case, "torch").step()
+    alone_shapes, products[:] = sorted(products), []
+    kernels = Kernels("torch", "loop or grouped_mm", torch.nn.functional.linear, partial(loop_swiglu, counted))
+    bench.our_contestant(bench.our_layer(case, config, kernels), case, "ours").step()
+    assert len(products) == 6 * 8
+    assert sorted(products) == alone_shapes
 
 
 def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

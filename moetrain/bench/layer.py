@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.bench.allocator import name_of_allocator
+from moetrain.bench.limit import products_alone
 from moetrain.bench.peers import peers
 from moetrain.bench.peers.case import LayerCase
 from moetrain.bench.race import Contestant, Sample, bytes_sent, median_and_least, most_of, race
@@ -135,6 +136,8 @@ def _field(case: LayerCase, config: Config, kernels: Kernels) -> tuple[list[Cont
         ours.append(_ours(case, config, triton, "moetrain, Triton"))
     if case.mesh.world_size == 1:
         ours.append(_ours(case, config, plain, "moetrain, torch grouped_mm"))
+        if case.mesh.device.type == "cpu":
+            theirs = [*theirs, products_alone(case, kernels.gemm_name)]
     else:
         per_copy = replace(config, dispatch=_dispatch(config, ALLTOALL))
         ours.append(_ours(case, per_copy, kernels, "moetrain, a copy for each expert"))

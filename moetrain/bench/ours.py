@@ -13,6 +13,7 @@ from moetrain.engine import make_engine
 from moetrain.models.decoder import Decoder
 from moetrain.monitor.window import Window
 from moetrain.ops.timeline import Timeline
+from moetrain.optim import lr_at
 from moetrain.parallel.mesh import Mesh, close_mesh, init_mesh
 from moetrain.resume import choose_kernels
 from moetrain.types import Batch
@@ -35,7 +36,7 @@ class OurStep:
     """A model, its engine, its batches and its numbers, and what ``Trainer`` does with them in a step."""
 
     def __init__(self, config: Config, mesh: Mesh, corpus: Corpus, timeline: Timeline) -> None:
-        self._lr, self._timeline = config.optim.lr, timeline
+        self._config, self._timeline = config, timeline
         kernels = choose_kernels(config, mesh, None)
         self.vocab_size = config.model.vocab_size or corpus.vocab_size
         self.model = Decoder(config, mesh, self.vocab_size, timeline, kernels)
@@ -44,13 +45,13 @@ class OurStep:
         self._engine = make_engine(config, self.model, mesh, self.loader.accumulation)
 
     def step(self, number: int) -> None:
-        """Optimiser step ``number``, from 0; its numbers are in ``window``."""
+        """Optimiser step ``number`` of a run, from 0; its numbers are in ``window``."""
         outputs = []
         for micro in range(self.loader.accumulation):
             outputs.append(self._engine.forward_backward(self.load(number, micro)))
             self.model.commit_load()
         self._timeline.mark("update")
-        self._engine.step(self._lr)
+        self._engine.step(lr_at(number, self._config.train.steps, self._config.optim))
         self._timeline.mark("metrics")
         load, gauges = self.model.take_load(), self.model.take_gauges()
         for output in outputs:

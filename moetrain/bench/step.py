@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -32,8 +33,8 @@ class StepReport:
 
 
 def step_bench(config: Config, rounds: int, alone: bool) -> str | None:
-    """Time ``rounds`` interleaved steps of each on the world of the environment, or of ours alone (a peer holds every
-    expert on every rank, and may not fit); the report on rank 0, None elsewhere.
+    """Time ``rounds`` interleaved steps of each on the world of the environment, the first ones of a run, or of ours
+    alone (a peer holds every expert on every rank, and may not fit); the report on rank 0, None elsewhere.
     """
     config = replace(config, data=replace(config.data, mask_documents=False))  # the peer knows of no documents
     with on_world(config) as (config, mesh, corpus):
@@ -44,21 +45,21 @@ def step_bench(config: Config, rounds: int, alone: bool) -> str | None:
 def _race(config: Config, mesh: Mesh, corpus: Corpus, rounds: int, alone: bool) -> StepReport:
     timeline = Timeline(mesh.device)
     us = OurStep(config, mesh, corpus, timeline)
-    batches = [us.loader.train(0, micro) for micro in range(us.loader.accumulation)]
     peer = None if alone else HuggingFaceStep(config, us.vocab_size, mesh.device)
     ours: list[Sample] = []
     theirs: list[Sample] = []
     phases: dict[str, float] = {}
     for number in range(WARMUP + rounds):
+        batches = [us.loader.train(number, micro) for micro in range(us.loader.accumulation)]
         timeline.drain()
-        mine = timed(lambda: us.step(0), mesh)
+        mine = timed(partial(us.step, number), mesh)
         found = timeline.drain()
-        other = [] if peer is None else [timed(lambda: peer.step(batches), mesh)]
+        other = [] if peer is None else [timed(partial(peer.step, batches), mesh)]
         if number >= WARMUP:
             ours.append(mine)
             theirs += other
             phases = {name: phases.get(name, 0.0) + seconds / rounds for name, seconds in found.items()}
-    tokens = sum(batch.tokens_BS.numel() for batch in batches) * mesh.world_size
+    tokens = config.train.global_batch * config.model.context
     return StepReport(ours, theirs, phases, tokens, us.model.kernels.gemm_name)
 
 

@@ -46,8 +46,8 @@ def test_everybody_is_there_with_the_same_output_under_every_routing(
     names = [one.name for one in results if one.routing == "zipf"]
     hugging_face = ["transformers grouped_mm", "transformers eager"]
     theirs = [*hugging_face, "DeepSpeed, capacity 1.25", "DeepSpeed, dropless", "DeepSpeed AutoEP"]
-    assert names == ["moetrain", "moetrain, torch grouped_mm", *theirs, "products of the experts alone"]
-    assert [one.note for one in results if one.note] == ["drops tokens", "no layer: the limit"] * 3
+    assert names == ["moetrain", "moetrain, torch grouped_mm", *theirs, "products alone"]
+    assert [one.note for one in results if one.note] == ["drops tokens", "no layer, the limit"] * 3
     assert all(len(one.samples) == 2 and min(one.samples[0].wall, one.samples[0].cpu) > 0 for one in results)
     text = capsys.readouterr().out
     assert "8 experts, k = 3, D = 32, F = 16, 128 tokens a rank" in text

@@ -34,7 +34,7 @@ def products_alone(case: LayerCase, gemm_name: GemmName) -> Contestant:
             gemm(dh, gate_up.t(), dx)
         return torch.zeros_like(case.x_TD)
 
-    return Contestant("products of the experts alone", step, made.clear, "no layer: the limit")
+    return Contestant("products alone", step, made.clear, "no layer, the limit")
 
 
 def rows_of_experts(case: LayerCase) -> list[int]:

@@ -141,7 +141,9 @@ def _rounded(rank: int, world: int) -> dict[tuple[bool, str, str], int]:
 
 
 def test_payload_and_chunks_are_those_of_all_our_dispatchers() -> None:
-    config = layer_configs([*SMALL, "dispatch=hierarchical", "dispatch.payload=fp8", "dispatch.chunks=2"], 1, None)[0]
+    words = ["dispatch=hierarchical", "dispatch.ranks_per_node=2", "dispatch.payload=fp8", "dispatch.chunks=2"]
+    config = layer_configs([*SMALL, *words], 1, None)[0]
+    assert bench._dispatch(config, bench.HIERARCHICAL) == config.dispatch
     for target in (bench.ALLTOALL, bench.PADDED, bench.DEDUP):
         assert bench._dispatch(config, target) == {"_target_": target, "payload": "fp8", "chunks": 2}
     for sent in run_ranks(2, _rounded):

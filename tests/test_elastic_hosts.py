@@ -50,7 +50,7 @@ def test_the_host_that_is_left_goes_on_alone(tmp_path: Path) -> None:
             time.sleep(0.05)
         rank = _rank_of_host_1(tmp_path)
         os.kill(int((tmp_path / "agent1").read_text()), signal.SIGKILL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 5
         while _runs(rank):
             assert time.monotonic() < deadline, "the rank has outlived its torchrun"
             time.sleep(0.05)

@@ -166,10 +166,12 @@ def test_wandb_hanging_never_stops_training(monkeypatch, tmp_path, where):
     began = time.monotonic()
     for step in range(1000 if where != "finish" else 5):
         logger.scalars(step, 0, {"train/loss": 1.0})
+    put = time.monotonic() - began
     outcome = logger.close()
     waited = time.monotonic() - began
     release.set()
     logger._thread.join(60)
+    assert put < 10.0, "a thousand calls: hardly one of them waits, be it for the time limit of 0.3 s"
     assert waited < 30.0, "nobody waits for what hangs for 60 s"
     assert outcome.failure == "finish: TimeoutError: not done after 0.3 s"
     assert (outcome.sent, outcome.lost) == ((5, 0) if where == "finish" else (0, 1000))

@@ -45,7 +45,7 @@ if fault == "killed":
         os.kill(child, signal.SIGKILL)
 late = 0
 for step in range(2, 202):
-    late += put(step) > 2.0
+    late += put(step) > 0.25
     time.sleep(0.002)
 start = time.monotonic()
 outcome = logger.close()
@@ -71,7 +71,7 @@ def test_training_does_not_notice(mode: str, fault: str, tmp_path: Path, mute_se
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=clean | account, check=False)
     assert done.returncode == 0, done.stderr
     late, closing, records, failure = done.stdout.split(maxsplit=3)
-    assert int(late) < 20, "calls do not wait out a time limit, of 3 s; a busy machine may hold up some"
+    assert int(late) < 20, "calls do not wait for wandb; a busy machine may hold up some"
     assert float(closing) < 60.0, "wandb's own limits are minutes"
     assert int(records) == 201, "each is counted, as sent or as lost"
     assert time.monotonic() - start < 150, "nor does the process hang when it ends"

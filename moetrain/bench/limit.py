@@ -8,6 +8,7 @@ from torch import Tensor
 from moetrain.bench.peers.case import LayerCase
 from moetrain.bench.race import Contestant
 from moetrain.ops.kernels import GemmName, onednn_gemm, torch_gemm
+from moetrain.ops.slots import count_experts
 
 
 def products_alone(case: LayerCase, gemm_name: GemmName) -> Contestant:
@@ -41,4 +42,4 @@ def rows_of_experts(case: LayerCase) -> list[int]:
     """How many rows each expert gets, of tokens that choose the k largest logits."""
     logits_TE = case.x_TD.float() @ case.gate_ED.float().t()
     expert_TK = logits_TE.topk(case.top_k, dim=1).indices
-    return torch.bincount(expert_TK.reshape(-1), minlength=case.num_experts).tolist()
+    return count_experts(expert_TK, case.num_experts).tolist()

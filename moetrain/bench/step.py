@@ -50,11 +50,13 @@ def _race(config: Config, mesh: Mesh, corpus: Corpus, rounds: int, alone: bool) 
     theirs: list[Sample] = []
     phases: dict[str, float] = {}
     for number in range(WARMUP + rounds):
-        batches = [us.loader.train(number, micro) for micro in range(us.loader.accumulation)]
         timeline.drain()
         mine = timed(partial(us.step, number), mesh)
         found = timeline.drain()
-        other = [] if peer is None else [timed(partial(peer.step, batches), mesh)]
+        other: list[Sample] = []
+        if peer is not None:
+            batches = [us.loader.train(number, micro) for micro in range(us.loader.accumulation)]
+            other = [timed(partial(peer.step, batches), mesh)]
         if number >= WARMUP:
             ours.append(mine)
             theirs += other
